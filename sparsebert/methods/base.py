@@ -1,0 +1,185 @@
+"""What a method is: settings, and phases that train one module."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsebert.models.task_model import TaskModel
+from sparsebert.nn import Masks
+from sparsebert.patterns import Allocation, Matrix, Pattern
+
+__all__ = ["Context", "Method", "Phase", "TrainingModule"]
+
+
+@dataclass
+class Context:
+    """What a method is given."""
+
+    model: TaskModel
+    matrices: Sequence[Matrix]
+    """What is masked."""
+    pattern: Pattern
+    sparsity: float
+    allocation: Allocation
+    dtype: torch.dtype
+    """Compute dtype of masked weights: bf16 under `--precision bf16`."""
+    seed: int
+    untouched: bool = True
+    """Whether a sparsifying method first trains the head on the untouched model, to compare with."""
+
+
+class TrainingModule(nn.Module):
+    """The module that Trainer trains: `forward(**batch)` gives the loss. Its state dict is the run's whole state.
+
+    Args:
+        model: base and head.
+        masks: the masks over the base, or None for a dense method.
+    """
+
+    accepts_loss_kwargs = False  # Trainer would otherwise pass `num_items_in_batch`
+
+    def __init__(self, model: TaskModel, masks: Masks | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.masks = masks
+        # What a method must remember between steps lives in a tensor, so that every checkpoint holds it.
+        self.register_buffer("memory", torch.zeros(8, dtype=torch.float64))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """As `TaskModel.forward`."""
+        return self.model(input_ids, attention_mask, token_type_ids, labels, start_positions, end_positions)
+
+
+class Phase:
+    """One stretch of training with one optimiser and schedule. Subclasses say what is trained and what happens after
+    each optimiser step."""
+
+    name: str = "train"
+    report: str | None = None
+    """If set, the model is scored on the validation set after this phase, under this name."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.module = method.module
+
+    def training(self) -> dict[str, Any]:
+        """Trainer arguments that this phase changes."""
+        return {}
+
+    def start(self) -> None:
+        """Brings the module into the shape that this phase trains. Also called before a checkpoint of this phase, or
+        of a later one, is loaded: whatever tensors it sets may be overwritten by the saved ones."""
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Optimiser groups; `learning_rate` is Trainer's `--learning-rate`."""
+        raise NotImplementedError
+
+    def loaded(self) -> None:
+        """Called when the module's tensors are in place, new or from a checkpoint, before the first step."""
+        if self.module.masks is not None:
+            self.module.masks.refresh()
+
+    def before_step(self, step: int, total: int) -> None:
+        """Called when the gradients of optimiser step `step` (from 1) are ready."""
+
+    def after_step(self, step: int, total: int) -> bool:
+        """Called after optimiser step `step` (from 1) of `total`; True ends the phase."""
+        return False
+
+    def logs(self) -> dict[str, float]:
+        """Numbers for the log beside Trainer's own."""
+        return {}
+
+    def finish(self) -> None:
+        """Called once at the end of the phase; must leave tensors changed in place only."""
+
+
+class Method(ABC):
+    """A way to turn a pre-trained model into a result.
+
+    Args:
+        context: the model and what is asked of it.
+        settings: an instance of `Settings`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for `--help`."""
+    Settings: ClassVar[type]
+    """Frozen dataclass of the method's own settings; flags are made from it."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults that differ from Trainer's or the run's, by argument name."""
+    sparsifies: ClassVar[bool] = True
+
+    def __init__(self, context: Context, settings: Any) -> None:
+        self.context = context
+        self.settings = settings
+        self.module = self.build()
+        self._first_head = {name: tensor.clone() for name, tensor in context.model.head.state_dict().items()}
+
+    def build(self) -> TrainingModule:
+        """Makes the training module: masks (all kept) for a sparsifying method."""
+        context = self.context
+        masks = None
+        if self.sparsifies:
+            context.pattern.check_sparsity(context.sparsity)
+            masks = Masks(context.model.base, context.matrices, context.pattern, context.dtype)
+        return TrainingModule(context.model, masks)
+
+    @property
+    def masks(self) -> Masks:
+        """The module's masks, of a sparsifying method."""
+        masks = self.module.masks
+        if masks is None:
+            raise TypeError(f"{self.name} has no masks")
+        return masks
+
+    def new_head(self) -> None:
+        """Puts the head back to its first values."""
+        self.context.model.head.load_state_dict(self._first_head)
+
+    @abstractmethod
+    def phases(self) -> list[Phase]:
+        """The phases, in order."""
+
+    def finish(self) -> dict[str, Tensor]:
+        """Puts plain modules back (pruned weights zero) and returns the bool masks by matrix name."""
+        self.module.cpu()
+        return self.masks.remove() if self.module.masks is not None else {}
+
+    def untouched_phases(self) -> list[Phase]:
+        """The comparison that a sparsifying method's result is shown beside."""
+        from sparsebert.methods.phases import HeadPhase  # phases stand on this module
+
+        return [HeadPhase(self, "untouched", report="untouched")] if self.context.untouched else []
+
+
+def describe(settings: type) -> dict[str, str]:
+    """Field name to the docstring under it, for flags' help."""
+    import ast
+    import inspect
+    import textwrap
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0]
+    body = tree.body if isinstance(tree, ast.ClassDef) else []
+    notes: dict[str, str] = {}
+    for field, note in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            if isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant) and isinstance(note.value.value, str):
+                notes[field.target.id] = " ".join(note.value.value.split())
+    return {field.name: notes.get(field.name, "") for field in dataclasses.fields(settings)}

@@ -1,0 +1,73 @@
+"""Iterative magnitude pruning with rewinding (Frankle and Carbin, 2019; for BERT: Chen et al., 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsebert.errors import UserError
+from sparsebert.methods import one_shot
+from sparsebert.methods.base import Context, Phase
+from sparsebert.methods.one_shot import Resettable, ResetPhase
+from sparsebert.methods.phases import WeightsPhase
+
+__all__ = ["IterativeMagnitude", "rounds_to"]
+
+
+@dataclass(frozen=True)
+class Settings(one_shot.Settings):
+    """Settings of iterative pruning. Trainer's steps or epochs are those of every round."""
+
+    prune_rate: float = 0.2
+    """Share of the remaining weights that go in each round."""
+
+
+def rounds_to(sparsity: float, rate: float) -> list[float]:
+    """The sparsity after each round: `1 - (1 - rate)^r`, the last one exactly the target."""
+    levels: list[float] = []
+    kept = 1.0
+    while 1.0 - kept < sparsity - 1e-9:
+        kept *= 1.0 - rate
+        levels.append(min(1.0 - kept, sparsity))
+    return levels
+
+
+class _Round(WeightsPhase):
+    """Trains from the pre-trained weights under the mask at hand, then prunes the smallest of the trained weights."""
+
+    def __init__(self, method: Resettable, name: str, sparsity: float | None) -> None:
+        super().__init__(method, name)
+        self.sparsity = sparsity
+
+    def start(self) -> None:
+        super().start()
+        self.method.reset_weights()  # type: ignore[attr-defined]
+
+    def logs(self) -> dict[str, float]:
+        return {"sparsity": self.method.masks.sparsity()}
+
+    def finish(self) -> None:
+        if self.sparsity is not None:
+            masks = self.method.masks
+            scores = masks.pattern.magnitude(masks.groups, masks.weights())
+            masks.select(scores, self.sparsity, self.method.context.allocation)
+
+
+class IterativeMagnitude(Resettable):
+    """Rounds of training, pruning and rewinding to the pre-trained weights, then training of what is left."""
+
+    name = "imp"
+    summary = "iterative magnitude pruning: train, prune 20 % of what is left, rewind; repeated"
+    Settings = Settings
+
+    def __init__(self, context: Context, settings: Settings) -> None:
+        if not 0.0 < settings.prune_rate < 1.0:
+            raise UserError(f"prune_rate {settings.prune_rate:g}: expected a share between 0 and 1, e.g. 0.2")
+        super().__init__(context, settings)
+
+    def phases(self) -> list[Phase]:
+        levels = rounds_to(self.context.sparsity, self.settings.prune_rate)
+        phases: list[Phase] = list(self.untouched_phases())
+        phases += [_Round(self, f"round{number}", level) for number, level in enumerate(levels, 1)]
+        pretrained = self.settings.weights == "pretrained"
+        phases.append(ResetPhase(self) if pretrained else _Round(self, "finetune", None))
+        return phases

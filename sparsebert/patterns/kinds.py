@@ -1,0 +1,164 @@
+"""The patterns themselves: `unstructured`, `n:m`, `block:RxC`, `neurons`, `heads`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsebert.errors import UserError, unknown
+from sparsebert.ops.bits import unpack_bits
+from sparsebert.ops.nm_mask import nm_mask
+from sparsebert.ops.select_mask import select_mask
+from sparsebert.patterns.base import Allocation, GridPattern, Pattern, single_views, units_to_prune
+from sparsebert.patterns.matrix import Matrix, ScoreGroup, View
+
+__all__ = ["PATTERNS", "Block", "Heads", "Neurons", "NofM", "Unstructured", "parse_pattern"]
+
+PATTERNS = ("unstructured", "2:4", "n:m", "block:RxC", "neurons", "heads")
+"""The spellings, as help and errors show them."""
+
+
+class Unstructured(GridPattern):
+    """Any weight on its own."""
+
+    spec = "unstructured"
+
+    def groups(self, matrices: Sequence[Matrix]) -> list[ScoreGroup]:
+        return single_views(matrices, [matrix.shape for matrix in matrices])
+
+
+class Block(GridPattern):
+    """Blocks of `rows` x `columns` weights, `rows` along a linear's outputs."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+        self.spec = f"block:{rows}x{columns}"
+
+    def groups(self, matrices: Sequence[Matrix]) -> list[ScoreGroup]:
+        for matrix in matrices:
+            if matrix.shape[0] % self.rows or matrix.shape[1] % self.columns:
+                raise UserError(
+                    f"pattern {self.spec}: a {self.rows}x{self.columns} block does not divide {matrix.name} "
+                    f"({matrix.shape[0]}x{matrix.shape[1]}); choose a block that does, or mask other matrices"
+                )
+        return single_views(matrices, [(m.shape[0] // self.rows, m.shape[1] // self.columns) for m in matrices])
+
+
+class NofM(Pattern):
+    """At most `n` of every `m` consecutive weights along a linear's inputs (2:4 is the one GPUs run)."""
+
+    def __init__(self, n: int, m: int) -> None:
+        self.n, self.m = n, m
+        self.spec = f"{n}:{m}"
+        self.default_sparsity = 1.0 - n / m
+
+    def check_sparsity(self, sparsity: float) -> None:
+        super().check_sparsity(sparsity)
+        if abs(sparsity - self.default_sparsity) > 1e-6:
+            raise UserError(
+                f"sparsity {sparsity:g}: pattern {self.spec} keeps {self.n} of every {self.m} weights, so its sparsity "
+                f"is {self.default_sparsity:g}; leave --sparsity out, or choose another pattern"
+            )
+
+    def groups(self, matrices: Sequence[Matrix]) -> list[ScoreGroup]:
+        for matrix in matrices:
+            if matrix.shape[1] % self.m:
+                raise UserError(
+                    f"pattern {self.spec}: groups of {self.m} do not divide the {matrix.shape[1]} inputs of "
+                    f"{matrix.name}; choose another pattern, or mask other matrices"
+                )
+        return single_views(matrices, [matrix.shape for matrix in matrices])
+
+    def select(
+        self, groups: Sequence[ScoreGroup], scores: Sequence[Tensor], sparsity: float, allocation: Allocation
+    ) -> list[Tensor]:
+        bits = [nm_mask(score, self.n, self.m) for score in scores]
+        if sparsity >= self.default_sparsity - 1e-6:
+            return bits
+        # On the way to the target (gradual pruning) the n best of a group are never candidates.
+        infinity = torch.tensor(float("inf"))
+        ranked = [
+            torch.where(unpack_bits(packed, tuple(score.shape)), infinity.to(score.device), score)
+            for packed, score in zip(bits, scores, strict=True)
+        ]
+        if allocation == "global":
+            return select_mask(ranked, units_to_prune(sparsity, sum(score.numel() for score in scores)))
+        return [select_mask([score], units_to_prune(sparsity, score.numel()))[0] for score in ranked]
+
+    def above(self, groups: Sequence[ScoreGroup], scores: Sequence[Tensor], threshold: float) -> list[Tensor]:
+        return [nm_mask(score, self.n, self.m, threshold) for score in scores]
+
+
+class Neurons(GridPattern):
+    """Whole intermediate neurons of a feed-forward block: a row of its first linear with a column of its second."""
+
+    spec = "neurons"
+
+    def groups(self, matrices: Sequence[Matrix]) -> list[ScoreGroup]:
+        groups = []
+        for layer, parts in _by_layer(matrices).items():
+            if "ffn_in" in parts and "ffn_out" in parts:
+                first, second = parts["ffn_in"], parts["ffn_out"]
+                width = first.shape[0]
+                views = (View(first, (width, 1)), View(second, (1, width)))
+                groups.append(ScoreGroup(f"layer{layer}.neurons", (width,), views))
+        return _needed(groups, self.spec, "the encoder's feed-forward linears")
+
+
+class Heads(GridPattern):
+    """Whole attention heads: their rows of query, key and value with their columns of the attention output."""
+
+    spec = "heads"
+
+    def groups(self, matrices: Sequence[Matrix]) -> list[ScoreGroup]:
+        groups = []
+        for layer, parts in _by_layer(matrices).items():
+            if "attention_output" in parts:
+                heads = parts["attention_output"].heads
+                views = tuple(View(parts[name], (heads, 1)) for name in ("query", "key", "value"))
+                views += (View(parts["attention_output"], (1, heads)),)
+                groups.append(ScoreGroup(f"layer{layer}.heads", (heads,), views))
+        return _needed(groups, self.spec, "the encoder's attention linears")
+
+
+def _by_layer(matrices: Sequence[Matrix]) -> dict[int, dict[str, Matrix]]:
+    layers: dict[int, dict[str, Matrix]] = {}
+    for matrix in matrices:
+        if matrix.layer is None:
+            raise UserError(
+                f"patterns neurons and heads remove structure of encoder layers; {matrix.name} is none "
+                "(use --masked encoder, or another pattern)"
+            )
+        layers.setdefault(matrix.layer, {})[matrix.component] = matrix
+    return layers
+
+
+def _needed(groups: list[ScoreGroup], spec: str, what: str) -> list[ScoreGroup]:
+    if not groups:
+        raise UserError(f"pattern {spec}: needs {what} among the masked matrices (use --masked encoder)")
+    return groups
+
+
+def parse_pattern(spec: str) -> Pattern:
+    """The pattern that a spelling names: `unstructured`, `2:4` (any n:m), `block:16x16`, `neurons`, `heads`.
+
+    Raises:
+        UserError: an unknown spelling, with the nearest known one, or numbers that make no sense.
+    """
+    plain: dict[str, type[GridPattern]] = {"unstructured": Unstructured, "neurons": Neurons, "heads": Heads}
+    if spec in plain:
+        return plain[spec]()
+    if match := re.fullmatch(r"(\d+):(\d+)", spec):
+        n, m = int(match[1]), int(match[2])
+        if not 0 < n < m <= 32:
+            raise UserError(f"pattern {spec}: n:m keeps n of every m weights, with 0 < n < m <= 32")
+        return NofM(n, m)
+    if match := re.fullmatch(r"block:(\d+)x(\d+)", spec):
+        rows, columns = int(match[1]), int(match[2])
+        if rows < 1 or columns < 1:
+            raise UserError(f"pattern {spec}: block sides must be at least 1")
+        return Block(rows, columns)
+    raise unknown("pattern", spec, PATTERNS)

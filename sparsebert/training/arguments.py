@@ -1,0 +1,177 @@
+"""The command line of a run: its own flags, the method's, and Hugging Face Trainer's under their own names."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from sparsebert.errors import UserError, unknown
+from sparsebert.methods import METHODS
+from sparsebert.methods.base import describe
+from sparsebert.training.run import Config
+from sparsebert.training.settings import RunSettings
+
+__all__ = ["parse_arguments"]
+
+# What the run itself decides: where checkpoints go, precision and device, how batches are read.
+_OWNED = {
+    "output_dir", "bf16", "fp16", "use_cpu", "disable_tqdm", "remove_unused_columns", "resume_from_checkpoint",
+    "label_names", "do_train", "do_eval", "do_predict", "push_to_hub", "logging_nan_inf_filter",
+    "ddp_broadcast_buffers", "ddp_find_unused_parameters", "dataloader_pin_memory", "deepspeed", "fsdp", "fsdp_config",
+}  # fmt: skip
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_arguments(argv: list[str]) -> tuple[Config, Path | None, bool]:
+    """Reads the command line, and the configuration file it names.
+
+    Later beats earlier: Trainer's defaults, the method's, `--config`, flags.
+
+    Returns:
+        The configuration, the output folder if one was given, and whether to resume.
+
+    Raises:
+        UserError: unknown flags, methods or values; files that cannot be read.
+    """
+    first = _parser([RunSettings])
+    for action in first._actions:
+        action.type = None  # here only the words matter
+        action.choices = None
+    early, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    stored = _stored(early)
+    run_values = {**stored.get("run", {}), **{k: v for k, v in vars(early).items() if k == "method"}}
+    name = run_values.get("method", RunSettings.method)
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    method = METHODS[name]
+    parser = _parser([RunSettings, _with_help(method.Settings), TrainingArguments])
+    given, strange = parser.parse_known_args(argv)
+    if strange:
+        raise _strange(strange[0], parser)
+    flags = vars(given)
+    if "resume" in flags and set(flags) - {"resume", "output"}:
+        extra = sorted(set(flags) - {"resume", "output"})
+        raise UserError(
+            f"--resume takes the interrupted run's own settings; leave out --{extra[0].replace('_', '-')} "
+            "(or start a new run with --config and other flags)"
+        )
+    config = _resolve(method, stored, flags)
+    where = flags.get("resume") or flags.get("output")
+    return config, Path(where) if where else None, "resume" in flags
+
+
+def _parser(types: list[type]) -> _Parser:
+    lines = "\n".join(f"  {name:20} {method.summary}" for name, method in METHODS.items())
+    parser = _Parser(
+        types,
+        prog="python -m sparsebert.train",
+        description="Find a subnetwork of a pre-trained BERT, and score it.\n\nmethods:\n" + lines,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for action in parser._actions:
+        if action.dest == "output_dir":
+            action.help = argparse.SUPPRESS
+        if action.default is not None and action.default is not argparse.SUPPRESS and action.help is not None:
+            shown = str(action.default).replace("%", "%%")
+            if action.dest in {field.name for field in dataclasses.fields(RunSettings)} and "[" not in action.help:
+                action.help += f" [{shown}]"
+        action.default = argparse.SUPPRESS if action.dest != "help" else action.default
+        action.required = False
+    return parser
+
+
+def _with_help(settings: type) -> type:
+    """The settings class with each field's docstring as its flag's help."""
+    notes, hints = describe(settings), get_type_hints(settings)
+    fields = [
+        (
+            field.name,
+            hints[field.name],
+            dataclasses.field(
+                default=field.default, metadata={"help": f"{notes[field.name]} [{field.default}]".replace("%", "%%")}
+            ),
+        )
+        for field in dataclasses.fields(settings)
+    ]
+    made = dataclasses.make_dataclass(settings.__name__, fields, namespace={"_argument_group_name": "the method's own"})
+    made.__module__ = settings.__module__
+    return made
+
+
+def _strange(word: str, parser: argparse.ArgumentParser) -> UserError:
+    known = [option for action in parser._actions for option in action.option_strings if "_" not in option]
+    near = difflib.get_close_matches(word.split("=")[0].replace("_", "-"), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"unknown argument {word!r}{hint} (--help lists them)")
+
+
+def _stored(early: argparse.Namespace) -> dict[str, Any]:
+    """The configuration that `--config` or `--resume` names, as plain data."""
+    source = getattr(early, "config", None)
+    if getattr(early, "resume", None):
+        source = str(Path(early.resume) / "config.yaml")
+        if not Path(source).is_file():
+            raise UserError(f"resume {early.resume}: holds no run (no config.yaml there)")
+    if source is None:
+        return {}
+    try:
+        stored = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config {source}: cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(stored, dict) or set(stored) - {"run", "settings", "trainer"}:
+        raise UserError(f"config {source}: expected the sections run, settings and trainer, as a run's config.yaml has")
+    return {section: values or {} for section, values in stored.items()}
+
+
+def _resolve(method: type, stored: dict[str, Any], flags: dict[str, Any]) -> Config:
+    run_names = {field.name for field in dataclasses.fields(RunSettings)}
+    own_names = {field.name for field in dataclasses.fields(method.Settings)}
+    trainer_names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - _OWNED
+    defaults = {key: value for key, value in method.defaults.items() if key in trainer_names}
+    sections = {
+        "run": {key: value for key, value in method.defaults.items() if key in run_names},
+        "settings": {},
+        "trainer": defaults,
+    }
+    names = {"run": run_names, "settings": own_names, "trainer": trainer_names}
+    for section, values in stored.items():
+        # A stored method other than the one asked for now: its own settings say nothing here.
+        if section == "settings" and stored.get("run", {}).get("method") != flags.get("method", stored["run"].get("method")):
+            continue
+        for key, value in values.items():
+            if key not in names[section]:
+                raise unknown(f"setting in the configuration's section {section!r}", key, names[section])
+            sections[section][key] = value
+    for key, value in flags.items():
+        if key in _OWNED:
+            advice = "use --output" if key == "output_dir" else "use --precision" if key in ("bf16", "fp16") else ""
+            raise UserError(f"--{key.replace('_', '-')}: is decided by the run itself" + (f"; {advice}" if advice else ""))
+        section = next(section for section, known in names.items() if key in known)
+        sections[section][key] = value
+    sections["run"].setdefault("method", method.name)
+    return Config(RunSettings(**sections["run"]), method.Settings(**_typed(method.Settings, sections["settings"])), sections["trainer"])
+
+
+def _typed(settings: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as the settings class declares them (YAML reads `1e-5` as text)."""
+    hints = get_type_hints(settings)
+    typed = {}
+    for key, value in values.items():
+        try:
+            typed[key] = hints[key](value) if hints[key] in (float, int) and not isinstance(value, bool) else value
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{key} {value!r}: expected a number") from error
+    return typed
+
+

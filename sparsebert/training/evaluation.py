@@ -1,0 +1,64 @@
+"""Scores of a model on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsebert.data import Collator, Encoded, TaskSpec, compute_metrics, span_metrics
+from sparsebert.models.task_model import TaskModel
+
+__all__ = ["predict", "score"]
+
+
+@torch.no_grad()
+def predict(
+    model: TaskModel,
+    encoded: Encoded,
+    collator: Collator,
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """All outputs of a model, in the order of the examples.
+
+    Examples go through in order of length, so that batches hold little padding. Batches, and with them every bit of
+    the result, depend on the data and `batch_size` alone.
+
+    Returns:
+        fp32 arrays by name: `logits` `[examples, ...]`, or `start_logits` and `end_logits` as object arrays of rows.
+    """
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(encoded)), key=lambda index: encoded.lengths[index])
+    rows: dict[str, list[Any]] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = {key: value.to(device) for key, value in collator([encoded[index] for index in chosen]).items()}
+        for key in ("labels", "start_positions", "end_positions"):
+            batch.pop(key, None)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            outputs = model(**batch)
+        for key, value in outputs.items():
+            values = rows.setdefault(key, [None] * len(order))
+            for index, row in zip(chosen, value.float().cpu().numpy(), strict=True):
+                values[index] = row
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    model.train(was_training)
+    if "logits" in rows:
+        return {"logits": np.stack(rows["logits"])}
+    return {key: np.array(values, dtype=object) for key, values in rows.items()}
+
+
+def score(outputs: Mapping[str, np.ndarray], encoded: Encoded, spec: TaskSpec) -> dict[str, float]:
+    """The task's metrics, as fractions."""
+    if spec.kind == "span":
+        return span_metrics(encoded, outputs["start_logits"], outputs["end_logits"], spec)
+    labels = np.array([encoded[index]["labels"] for index in range(len(encoded))])
+    return compute_metrics(spec, outputs["logits"], labels)

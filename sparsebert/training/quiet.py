@@ -1,0 +1,21 @@
+"""Silences what libraries say on every start and a user can do nothing about."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+__all__ = ["quiet"]
+
+
+def quiet() -> None:
+    """Sets transformers and datasets to errors only, without progress bars; real warnings of torch stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # Raised by torch's scheduler on its first step under accelerate's wrapper, which does call them in order.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)`")
