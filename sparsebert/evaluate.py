@@ -48,11 +48,7 @@ def _run(argv: list[str]) -> int:
         hint = f"; it is not finished, go on with --resume {given.run}" if folder.config.is_file() else ""
         raise UserError(f"{given.run}: holds no saved model{hint}")
     config, _, _ = parse_arguments(["--config", str(folder.config)])
-    if folder.result.is_file():
-        saved = json.loads(folder.result.read_text(encoding="utf-8"))
-        config.run = dataclasses.replace(config.run, precision=saved["precision"])
-    else:
-        saved = None
+    saved = json.loads(folder.result.read_text(encoding="utf-8")) if folder.result.is_file() else None
     changes = {"data_dir": given.data_dir, "precision": given.precision}
     config.run = dataclasses.replace(config.run, **{k: v for k, v in changes.items() if v is not None})
     metrics = evaluate_saved(folder, config)

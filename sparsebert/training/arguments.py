@@ -27,6 +27,34 @@ _OWNED = {
 }  # fmt: skip
 
 
+_TRAINER_HELP = {
+    "max_steps": "optimiser steps of a phase; wins over --num-train-epochs",
+    "num_train_epochs": "epochs of a phase",
+    "learning_rate": "of the head (of all weights, for methods that train them)",
+    "per_device_train_batch_size": "examples of a step on each device",
+    "per_device_eval_batch_size": "examples of an evaluation batch",
+    "gradient_accumulation_steps": "micro-batches of a step",
+    "lr_scheduler_type": "linear, cosine, constant, ...",
+    "warmup_steps": "steps, or a share below 1",
+    "seed": "of everything random",
+    "save_steps": "steps between checkpoints",
+    "eval_strategy": "no, steps or epoch: watch a slice held out of train",
+    "eval_steps": "steps between evaluations",
+    "logging_steps": "steps between log lines",
+    "report_to": "tensorboard, wandb, ...",
+}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each flag; both `--max-steps` and `--max_steps` are taken."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        options = ", ".join(option for option in action.option_strings if "_" not in option)
+        few = action.choices is not None and len(list(action.choices)) < 5
+        words = "{" + ",".join(map(str, action.choices or ())) + "}" if few else action.dest.rpartition("_")[2].upper()
+        return options if action.nargs in (0, "?") else f"{options} {words}"
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -75,18 +103,26 @@ def _parser(types: list[type]) -> _Parser:
     parser = _Parser(
         types,
         prog="python -m sparsebert.train",
-        description="Find a subnetwork of a pre-trained BERT, and score it.\n\nmethods:\n" + lines,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python -m sparsebert.train [--method METHOD] [--task TASK] [--model MODEL] [--sparsity S] ...",
+        description="Find a subnetwork of a pre-trained BERT, save it and score it.\n\nmethods:\n" + lines,
+        epilog="Every other flag of Hugging Face's TrainingArguments is taken too, under its own name.",
+        formatter_class=lambda prog: _Help(prog, max_help_position=34, width=110),
         allow_abbrev=False,
     )
+    own = {field.name for cls in types if cls is not TrainingArguments for field in dataclasses.fields(cls)}
     for action in parser._actions:
-        if action.dest == "output_dir":
+        if action.dest == "help":
+            continue
+        if action.dest not in own:
+            action.help = _TRAINER_HELP.get(action.dest, argparse.SUPPRESS)
+        elif action.help and "[" not in action.help and action.default not in (None, [], argparse.SUPPRESS):
+            shown = " ".join(action.default) if isinstance(action.default, list) else str(action.default)
+            action.help += f" [{shown}]".replace("%", "%%")
+        if any(option.startswith("--no_") for option in action.option_strings) and action.dest in own:
+            action.help = "the opposite"
+        elif action.option_strings[0].startswith("--no"):
             action.help = argparse.SUPPRESS
-        if action.default is not None and action.default is not argparse.SUPPRESS and action.help is not None:
-            shown = str(action.default).replace("%", "%%")
-            if action.dest in {field.name for field in dataclasses.fields(RunSettings)} and "[" not in action.help:
-                action.help += f" [{shown}]"
-        action.default = argparse.SUPPRESS if action.dest != "help" else action.default
+        action.default = argparse.SUPPRESS
         action.required = False
     return parser
 
@@ -99,7 +135,8 @@ def _with_help(settings: type) -> type:
             field.name,
             hints[field.name],
             dataclasses.field(
-                default=field.default, metadata={"help": f"{notes[field.name]} [{field.default}]".replace("%", "%%")}
+                default=field.default,
+                metadata={"help": f"{_plain(notes[field.name])} [{field.default}]".replace("%", "%%")},
             ),
         )
         for field in dataclasses.fields(settings)
@@ -107,6 +144,12 @@ def _with_help(settings: type) -> type:
     made = dataclasses.make_dataclass(settings.__name__, fields, namespace={"_argument_group_name": "the method's own"})
     made.__module__ = settings.__module__
     return made
+
+
+def _plain(note: str) -> str:
+    """A docstring as help: in lower case, no full stop, and round brackets so that [...] is the default alone."""
+    note = note.rstrip(".").replace("[", "(").replace("]", ")")
+    return note[:1].lower() + note[1:]
 
 
 def _strange(word: str, parser: argparse.ArgumentParser) -> UserError:
@@ -160,6 +203,11 @@ def _resolve(method: type, stored: dict[str, Any], flags: dict[str, Any]) -> Con
         section = next(section for section, known in names.items() if key in known)
         sections[section][key] = value
     sections["run"].setdefault("method", method.name)
+    for key in ("data_dir", "model"):
+        # The run is read again from elsewhere: paths must not depend on where it was started.
+        value = sections["run"].get(key)
+        if value and Path(value).exists():
+            sections["run"][key] = str(Path(value).resolve())
     return Config(RunSettings(**sections["run"]), method.Settings(**_typed(method.Settings, sections["settings"])), sections["trainer"])
 
 

@@ -100,6 +100,15 @@ class Run:
         self._load_model()
         self._encode()
         self.method = self._build_method()
+        # What was left open is written down as it was decided, so that the file alone repeats the run.
+        config.run = dataclasses.replace(
+            run,
+            sparsity=self.method.context.sparsity,
+            precision=self.precision,
+            head=self.model.head_kind,
+            max_length=max_length(run),
+        )
+        self._preparing = time.monotonic() - self.started
         if not resume and distributed.is_main():
             folder.create(config.as_dict())
         distributed.barrier()
@@ -268,6 +277,7 @@ class Run:
         return score_sets(model, encoded, self.data, self.tokenizer, self.config, self.precision)
 
     def _finish(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
+        begun = time.monotonic()
         run, data = self.config.run, self.data
         masks = {name: mask.cpu() for name, mask in self.method.finish().items()}
         report = sparsity_report(self.model.base, masks)
@@ -284,9 +294,9 @@ class Run:
             "score": metrics[data.spec.metric],
             "metrics": metrics,
             **{note["report"]: note["metrics"] for note in notes if "report" in note},
-            "sparsity": {**report, "target": self.method.context.sparsity if self.method.sparsifies else 0.0},
+            "sparsity": {**report, "target": run.sparsity if self.method.sparsifies else 0.0},
             "seed": self.seed,
-            "seconds": round(sum(note["seconds"] for note in notes), 1),
+            "seconds": round(sum(n["seconds"] for n in notes) + self._preparing + time.monotonic() - begun, 1),
             "phases": [{k: note[k] for k in ("phase", "steps", "train_seconds")} for note in notes],
             "precision": self.precision,
             "model": {"source": run.model, "sha256": self.fingerprint},

@@ -1,0 +1,29 @@
+"""sparsebert: find, run and prove sparse subnetworks of BERT-style encoders.
+
+Importing the package loads nothing heavy; what it offers is looked up on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it; resolved on first access (PEP 562).
+_PUBLIC: dict[str, str] = {}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 - the names are those of `_PUBLIC`
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'sparsebert' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

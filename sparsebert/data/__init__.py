@@ -1,0 +1,32 @@
+"""Tasks, their data and their metrics.
+
+`load_task` reads a task's splits from a folder, a file, the hub or the demo's package and checks them; `encode` and
+`Collator` turn a split into batches; `compute_metrics` and `span_metrics` score a model's outputs.
+"""
+
+from __future__ import annotations
+
+from sparsebert.data.demo import demo_model_path
+from sparsebert.data.encode import Collator, Encoded, encode
+from sparsebert.data.labels import label_ids
+from sparsebert.data.load import TaskData, load_task
+from sparsebert.data.metrics import compute_metrics
+from sparsebert.data.span_metrics import span_metrics, span_predictions
+from sparsebert.data.split import hold_out
+from sparsebert.data.tasks import TASKS, TaskSpec
+
+__all__ = [
+    "TASKS",
+    "Collator",
+    "Encoded",
+    "TaskData",
+    "TaskSpec",
+    "compute_metrics",
+    "demo_model_path",
+    "encode",
+    "hold_out",
+    "label_ids",
+    "load_task",
+    "span_metrics",
+    "span_predictions",
+]

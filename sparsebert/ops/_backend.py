@@ -1,0 +1,167 @@
+"""One op, several bodies: where each is registered and which of them a call gets.
+
+An op `X` lives under one name in up to three `torch.ops` namespaces with the same schema: `sparsebert::X` is the
+compiled one (its CPU and CUDA kernels are told apart by torch's dispatcher), `sparsebert_triton::X` the Triton one and
+`sparsebert_reference::X` the plain-torch definition. Each carries its own fake and autograd formulas, so
+`torch.compile` sees one opaque node whichever is picked.
+
+`SPARSEBERT_BACKEND` set to `cuda`, `triton`, `cpu` or `reference` forces one; a forced one that cannot serve a call is
+an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from sparsebert.errors import UserError, unknown
+
+__all__ = ["BACKENDS", "OPS", "Op", "forced_backend"]
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_NAMESPACE = {"cuda": "sparsebert", "cpu": "sparsebert", "triton": "sparsebert_triton"}
+_DISPATCH_KEY = {"cuda": "CUDA", "triton": "CUDA", "cpu": "CPU"}
+_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+REFERENCE = "sparsebert_reference"
+
+# Kept alive for the life of the process: torch drops a registration when its Library object dies.
+_reference_library = torch.library.Library(REFERENCE, "DEF")
+
+
+def forced_backend() -> str | None:
+    """The backend named by `SPARSEBERT_BACKEND`, or None; an unknown word is a UserError."""
+    word = os.environ.get("SPARSEBERT_BACKEND", "").strip().lower()
+    if word and word not in BACKENDS:
+        raise unknown("backend in SPARSEBERT_BACKEND", word, BACKENDS)
+    return word or None
+
+
+class Op:
+    """An op's registrations, and the choice among them.
+
+    Args:
+        name: the op's name in every namespace.
+        reference: the plain-torch body; its annotated signature is the schema.
+        fake: shapes and dtypes of the results, for tracing; None where nothing is returned.
+        backward, setup_context: the autograd formula (`torch.library.register_autograd`), or None.
+        mutates: names of the arguments written in place.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any] | None = None,
+        *,
+        backward: Callable[..., Any] | None = None,
+        setup_context: Callable[..., Any] | None = None,
+        mutates: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self._fake = fake
+        self._backward = backward
+        self._setup_context = setup_context
+        self._described: set[str] = set()
+        self._picked: dict[tuple[str, bool, str | None], OpOverload] = {}
+        schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
+        _reference_library.define(name + schema)
+        _reference_library.impl(name, reference, "CompositeExplicitAutograd")
+        OPS[name] = self
+
+    def pick(self, device: torch.device, supported: bool = True) -> OpOverload:
+        """The overload that serves tensors on `device`.
+
+        `supported` is False where the compiled bodies do not take these dtypes (float64, for one).
+        """
+        if torch.compiler.is_compiling():
+            # A call traced by torch.compile: only a string can be a constant of the graph.
+            return getattr(getattr(torch.ops, _namespace(self.name, device.type, supported)), self.name).default
+        return self.choose(device.type, supported)
+
+    def choose(self, device_type: str, supported: bool) -> OpOverload:
+        """`pick`, by device type; remembered until `SPARSEBERT_BACKEND` changes."""
+        forced = forced_backend()
+        key = (device_type, supported, forced)
+        if key not in self._picked:
+            self._picked[key] = self._resolve(device_type, supported, forced)
+        return self._picked[key]
+
+    def missing(self, backend: str) -> str | None:
+        """Why `backend` cannot run this op here, or None when it can."""
+        if backend == "reference":
+            return None
+        if backend == "triton":
+            reason = _triton_missing(self.name)
+        else:
+            from sparsebert import _load
+
+            reason = _load.missing(backend)
+        if reason is not None:
+            return reason
+        qualified = f"{_NAMESPACE[backend]}::{self.name}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEY[backend]):
+            return f"no {backend} kernel for this op"
+        return None
+
+    def _resolve(self, device_type: str, supported: bool, forced: str | None) -> OpOverload:
+        if forced == "reference":
+            return self._overload(REFERENCE)
+        candidates = _ORDER.get(device_type, ())
+        if forced is not None:
+            if forced not in candidates:
+                raise UserError(
+                    f"SPARSEBERT_BACKEND={forced}: {self.name} was called with tensors on {device_type!r}, which that "
+                    f"backend does not serve (candidates: {', '.join((*candidates, 'reference'))})"
+                )
+            if not supported:
+                raise UserError(
+                    f"SPARSEBERT_BACKEND={forced}: {self.name} has no {forced} kernel for these dtypes (only the "
+                    "reference takes float64); unset it or use float32, bfloat16 or float16"
+                )
+            reason = self.missing(forced)
+            if reason is not None:
+                raise UserError(f"SPARSEBERT_BACKEND={forced}: {self.name} cannot run on it: {reason}")
+            return self._overload(_NAMESPACE[forced])
+        if supported:
+            for backend in candidates:
+                if self.missing(backend) is None:
+                    return self._overload(_NAMESPACE[backend])
+        return self._overload(REFERENCE)
+
+    def _overload(self, namespace: str) -> OpOverload:
+        qualified = f"{namespace}::{self.name}"
+        # Fake and autograd must be there before the first call; a compiled op is only defined once its library loads.
+        if namespace not in self._described:
+            self._described.add(namespace)
+            if self._fake is not None:
+                torch.library.register_fake(qualified, self._fake)
+            if self._backward is not None:
+                torch.library.register_autograd(qualified, self._backward, setup_context=self._setup_context)
+        return getattr(getattr(torch.ops, namespace), self.name).default
+
+
+OPS: dict[str, Op] = {}
+
+
+# Under torch.compile the choice is a fact of the process, not part of the graph.
+@torch.compiler.assume_constant_result
+def _namespace(name: str, device_type: str, supported: bool) -> str:
+    return OPS[name].choose(device_type, supported).namespace
+
+
+def _triton_missing(name: str) -> str | None:
+    """Why there is no Triton kernel for op `name` here, or None."""
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec(f"sparsebert.kernels.{name}") is None:
+        return "no triton kernel for this op"
+    importlib.import_module(f"sparsebert.kernels.{name}")
+    return None
