@@ -76,9 +76,12 @@ def save_model(
 
     Raises:
         ValueError: masks that do not fit the base, or `info` that is not JSON.
+        TypeError: `pattern` is no string.
         UserError: the folder cannot be written; a full disk is named with the bytes that are needed.
     """
     directory = Path(directory)
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern: expected the name of a sparsity pattern, got {pattern!r}")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: expected a folder to save the model in, but it is a file")
     files = _files(model, masks, pattern, info)
