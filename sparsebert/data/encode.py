@@ -39,6 +39,7 @@ class Encoded(torch.utils.data.Dataset[dict[str, Any]]):
         features: np.ndarray | None = None,
         token_chars: np.ndarray | None = None,
         cls_positions: np.ndarray | None = None,
+        label_ids: Mapping[str, int] | None = None,
     ) -> None:
         self.lengths: list[int] = list(lengths)
         """Tokens of each item."""
@@ -54,6 +55,8 @@ class Encoded(torch.utils.data.Dataset[dict[str, Any]]):
         """Span: `[items]` number of each window's row in `examples`."""
         self.cls_positions = cls_positions
         """Span: `[items]` where in the window "no answer" points."""
+        self.label_ids = dict(label_ids or {})
+        """Classification: label name to the number in `labels`; `compute_metrics` takes it."""
         self._token_chars = token_chars
 
     @property
@@ -138,7 +141,8 @@ def encode(
         ids.append(np.fromiter(chain.from_iterable(batch["input_ids"]), np.int32))
         if "token_type_ids" in batch:
             types.append(np.fromiter(chain.from_iterable(batch["token_type_ids"]), np.uint8))
-    return Encoded(lengths, np.concatenate(ids), np.concatenate(types) if types else None, {"labels": targets})
+    type_ids = np.concatenate(types) if types else None
+    return Encoded(lengths, np.concatenate(ids), type_ids, {"labels": targets}, label_ids=label_ids)
 
 
 def _check_length(tokenizer: PreTrainedTokenizerBase, max_length: int, texts: int) -> None:

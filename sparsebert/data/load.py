@@ -96,12 +96,7 @@ def load_task(
     notes: list[str] = []
     fingerprint: dict[str, object] = {"task": name}
     if name in DEMO_TASKS:
-        if data_dir is not None:
-            raise UserError(f"data_dir: task {name} has its data from a package; for files use --text-columns")
-        demo, note, package = demo_columns(name)
-        notes.append(note)
-        fingerprint.update(package)
-        splits = {split: _Split(columns, str(package["file"]), []) for split, columns in demo.items()}
+        splits = _from_demo(name, data_dir, notes, fingerprint)
     elif data_dir is None:
         splits = _from_hub(spec, fingerprint)
     else:
@@ -160,6 +155,17 @@ def _finish(
         }  # fmt: skip
     fingerprint["rows"] = {"train": len(train), **{split: len(rows) for split, rows in evals.items()}}
     return TaskData(spec, train, evals.pop("validation"), evals, "; ".join(notes), fingerprint)
+
+
+def _from_demo(
+    name: str, data_dir: str | Path | None, notes: list[str], fingerprint: dict[str, object]
+) -> dict[str, _Split]:
+    if data_dir is not None:
+        raise UserError(f"data_dir: task {name} has its data from a package; for files use --text-columns")
+    splits, note, package = demo_columns(name)
+    notes.append(note)
+    fingerprint.update(package)
+    return {split: _Split(columns, str(package["file"]), []) for split, columns in splits.items()}
 
 
 def _from_files(

@@ -19,6 +19,7 @@ N_BEST = 20
 MAX_ANSWER_TOKENS = 30
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+Logits = np.ndarray | Sequence[np.ndarray]
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -44,9 +45,7 @@ def token_f1(prediction: str, answer: str, unanswerable: bool = False) -> float:
     return 2 * shared / (len(predicted) + len(accepted)) if shared else 0.0
 
 
-def span_metrics(
-    encoded: Encoded, start_logits: np.ndarray, end_logits: np.ndarray, spec: TaskSpec
-) -> dict[str, float]:
+def span_metrics(encoded: Encoded, start_logits: Logits, end_logits: Logits, spec: TaskSpec) -> dict[str, float]:
     """Exact match and F1 over the questions, the best over each question's accepted answers.
 
     For SQuAD 2.0 also both over the questions that have an answer, and the share of the others left unanswered
@@ -54,7 +53,8 @@ def span_metrics(
 
     Args:
         encoded: from `encode(..., training=False)`.
-        start_logits: `[windows, >= longest]`; columns beyond a window's tokens are not read.
+        start_logits: `[windows, >= longest]`, or one row of its own length per window; what lies beyond a window's
+            tokens is not read.
         end_logits: the same.
 
     Raises:
@@ -71,7 +71,7 @@ def span_metrics(
     return result
 
 
-def span_predictions(encoded: Encoded, start_logits: np.ndarray, end_logits: np.ndarray, spec: TaskSpec) -> list[str]:
+def span_predictions(encoded: Encoded, start_logits: Logits, end_logits: Logits, spec: TaskSpec) -> list[str]:
     """The predicted answer of each row of the data; "" for none.
 
     Of the 20 best starts and 20 best ends inside the context of each window, the pair with the highest sum that
@@ -81,8 +81,7 @@ def span_predictions(encoded: Encoded, start_logits: np.ndarray, end_logits: np.
     Raises:
         ValueError: as `span_metrics`.
     """
-    start_logits, end_logits = np.asarray(start_logits, np.float64), np.asarray(end_logits, np.float64)
-    _check(encoded, start_logits, end_logits)
+    start_rows, end_rows = _rows(encoded, start_logits, "start_logits"), _rows(encoded, end_logits, "end_logits")
     count = len(encoded.examples)
     best, null = np.full(count, -np.inf), np.full(count, np.inf)
     texts = [""] * count
@@ -90,7 +89,7 @@ def span_predictions(encoded: Encoded, start_logits: np.ndarray, end_logits: np.
     for window in range(len(encoded)):
         row = int(features[window]) if features is not None else 0
         cls = int(cls_positions[window]) if cls_positions is not None else 0
-        starts, ends = start_logits[window], end_logits[window]
+        starts, ends = start_rows[window], end_rows[window]
         null[row] = min(null[row], starts[cls] + ends[cls])
         chars = encoded.token_chars(window)
         score, first, last = _best_span(starts, ends, np.flatnonzero(chars[:, 0] >= 0))
@@ -123,14 +122,20 @@ def _score(prediction: str, answers: Sequence[str], spec: TaskSpec) -> tuple[flo
     )
 
 
-def _check(encoded: Encoded, start_logits: np.ndarray, end_logits: np.ndarray) -> None:
+def _rows(encoded: Encoded, logits: Logits, name: str) -> list[np.ndarray]:
+    """One float64 row per window, cut to the window's tokens; checked."""
     if encoded.features is None or not encoded.examples:
         raise UserError("encoded: expected the windows of a span task with at least one row")
-    longest = max(encoded.lengths)
-    for name, logits in (("start_logits", start_logits), ("end_logits", end_logits)):
-        if logits.ndim != 2 or len(logits) != len(encoded) or logits.shape[1] < longest:
-            raise UserError(f"{name}: expected shape ({len(encoded)}, {longest} or more), got {logits.shape}")
-        real = np.arange(logits.shape[1]) < np.array(encoded.lengths)[:, None]
-        bad = int((real & ~np.isfinite(logits)).any(axis=1).sum())
-        if bad:
-            raise UserError(f"{name}: {bad} of {len(encoded)} windows are not finite; the model has diverged")
+    if len(logits) != len(encoded):
+        raise UserError(f"{name}: expected one row for each of {len(encoded)} windows, got {len(logits)}")
+    rows: list[np.ndarray] = []
+    bad = 0
+    for window, length in enumerate(encoded.lengths):
+        row = np.asarray(logits[window], np.float64)
+        if row.ndim != 1 or len(row) < length:
+            raise UserError(f"{name}: expected {length} or more values for window {window}, got shape {row.shape}")
+        rows.append(row[:length])
+        bad += not np.isfinite(rows[-1]).all()
+    if bad:
+        raise UserError(f"{name}: {bad} of {len(encoded)} windows are not finite; the model has diverged")
+    return rows
