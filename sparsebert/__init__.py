@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it; resolved on first access (PEP 562).
 _PUBLIC: dict[str, str] = {}
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 - the names are those of `_PUBLIC`
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparsebert.errors import UserError, unknown
 from sparsebert.models.task_model import TaskModel
 from sparsebert.nn import Masks
 from sparsebert.patterns import Allocation, Matrix, Pattern
+from sparsebert.patterns.base import ALLOCATIONS
 
-__all__ = ["Context", "Method", "Phase", "TrainingModule"]
+__all__ = ["Context", "Method", "Phase", "TrainingModule", "check_setting", "describe"]
 
 
 @dataclass
@@ -115,6 +117,9 @@ class Method(ABC):
     Args:
         context: the model and what is asked of it.
         settings: an instance of `Settings`.
+
+    Raises:
+        UserError: a setting, sparsity or allocation that cannot work, or a matrix that the pattern does not fit.
     """
 
     name: ClassVar[str]
@@ -129,15 +134,22 @@ class Method(ABC):
     def __init__(self, context: Context, settings: Any) -> None:
         self.context = context
         self.settings = settings
+        self.check()
         self.module = self.build()
         self._first_head = {name: tensor.clone() for name, tensor in context.model.head.state_dict().items()}
+
+    def check(self) -> None:
+        """Raises a UserError for what cannot work, before anything is built; methods add checks of their settings."""
+        if self.sparsifies:
+            self.context.pattern.check_sparsity(self.context.sparsity)
+            if self.context.allocation not in ALLOCATIONS:
+                raise unknown("allocation", self.context.allocation, ALLOCATIONS)
 
     def build(self) -> TrainingModule:
         """Makes the training module: masks (all kept) for a sparsifying method."""
         context = self.context
         masks = None
         if self.sparsifies:
-            context.pattern.check_sparsity(context.sparsity)
             masks = Masks(context.model.base, context.matrices, context.pattern, context.dtype)
         return TrainingModule(context.model, masks)
 
@@ -169,17 +181,27 @@ class Method(ABC):
         return [HeadPhase(self, "untouched", report="untouched")] if self.context.untouched else []
 
 
+def check_setting(name: str, value: float, fits: bool, expected: str) -> None:
+    """Raises a UserError that names the setting `name` and what was `expected`, unless its value `fits`."""
+    if not fits:
+        raise UserError(f"{name} {value:g}: expected {expected}")
+
+
 def describe(settings: type) -> dict[str, str]:
-    """Field name to the docstring under it, for flags' help."""
+    """Field name to the docstring under it, for flags' help; inherited fields included, "" where there is none."""
     import ast
     import inspect
     import textwrap
 
-    tree = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0]
-    body = tree.body if isinstance(tree, ast.ClassDef) else []
     notes: dict[str, str] = {}
-    for field, note in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            if isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant) and isinstance(note.value.value, str):
-                notes[field.target.id] = " ".join(note.value.value.split())
+    for cls in reversed(settings.__mro__[:-1]):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        except (OSError, TypeError):  # written at a prompt: there is no source to read
+            continue
+        body = tree.body if isinstance(tree, ast.ClassDef) else []
+        for pair in zip(body, body[1:], strict=False):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    notes[name] = " ".join(text.split())
     return {field.name: notes.get(field.name, "") for field in dataclasses.fields(settings)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsebert.methods.base import Method, Phase
-from sparsebert.methods.phases import WEIGHTS_DEFAULTS, WeightsPhase
+from sparsebert.methods.phases import WEIGHTS_DEFAULTS, WeightsPhase, check_head_rate
 
 __all__ = ["FineTune"]
 
@@ -26,6 +26,10 @@ class FineTune(Method):
     Settings = Settings
     defaults = WEIGHTS_DEFAULTS
     sparsifies = False
+
+    def check(self) -> None:
+        super().check()
+        check_head_rate(self.settings.head_learning_rate)
 
     def phases(self) -> list[Phase]:
         return [WeightsPhase(self)]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsebert.errors import UserError
 from sparsebert.methods import one_shot
-from sparsebert.methods.base import Context, Phase
+from sparsebert.methods.base import Phase, check_setting
 from sparsebert.methods.one_shot import Resettable, ResetPhase
 from sparsebert.methods.phases import WeightsPhase
 
@@ -29,7 +28,7 @@ class Settings(one_shot.Settings):
     prune_until: float = 0.7
     """Share of the steps at which the target is reached; the rest trains what is left."""
     prunings: int = 100
-    """How many times the mask is chosen anew on the way."""
+    """How many times the mask is chosen anew after the first pruning, evenly spread."""
 
 
 class _Gradual(WeightsPhase):
@@ -37,13 +36,14 @@ class _Gradual(WeightsPhase):
 
     def after_step(self, step: int, total: int) -> bool:
         settings, context, masks = self.method.settings, self.method.context, self.method.masks
-        first = int(settings.prune_from * total)
+        first = max(1, int(settings.prune_from * total))
         last = max(first + 1, int(settings.prune_until * total))
-        every = max(1, (last - first) // settings.prunings)
-        if first <= step <= last and ((step - first) % every == 0 or step == last):
-            progress = (step - first) / (last - first)
-            sparsity = cubic_sparsity(progress, context.sparsity, settings.initial_sparsity)
-            masks.select(masks.pattern.magnitude(masks.groups, masks.weights()), sparsity, context.allocation)
+        done, span = step - first, last - first
+        # Whole prunings that are due: evenly spread, at most one a step, the last one at `last`.
+        due = done * settings.prunings // span > (done - 1) * settings.prunings // span
+        if first <= step <= last and (due or step == first):
+            sparsity = cubic_sparsity(done / span, context.sparsity, settings.initial_sparsity)
+            masks.select(masks.magnitude(), sparsity, context.allocation)
         return super().after_step(step, total)
 
     def logs(self) -> dict[str, float]:
@@ -52,7 +52,7 @@ class _Gradual(WeightsPhase):
     def finish(self) -> None:
         # A phase cut short, by --max-steps 1 say, still ends at the target.
         masks, context = self.method.masks, self.method.context
-        masks.select(masks.pattern.magnitude(masks.groups, masks.weights()), context.sparsity, context.allocation)
+        masks.select(masks.magnitude(), context.sparsity, context.allocation)
         masks.zero_pruned()
 
 
@@ -63,20 +63,15 @@ class GradualMagnitude(Resettable):
     summary = "gradual magnitude pruning on a cubic schedule, while all weights train"
     Settings = Settings
 
-    def __init__(self, context: Context, settings: Settings) -> None:
-        if not 0.0 <= settings.prune_from < settings.prune_until <= 1.0:
-            raise UserError(
-                f"prune_from {settings.prune_from:g}, prune_until {settings.prune_until:g}: expected shares of the "
-                "steps with 0 <= prune_from < prune_until <= 1"
-            )
-        if not 0.0 <= settings.initial_sparsity <= context.sparsity:
-            raise UserError(
-                f"initial_sparsity {settings.initial_sparsity:g}: expected at least 0 and at most the target "
-                f"{context.sparsity:g}"
-            )
-        if settings.prunings < 1:
-            raise UserError(f"prunings {settings.prunings}: expected at least 1")
-        super().__init__(context, settings)
+    def check(self) -> None:
+        super().check()
+        settings = self.settings
+        start, end = settings.prune_from, settings.prune_until
+        check_setting("prune_from", start, 0.0 <= start < 1.0, "a share of the steps, at least 0 and below 1")
+        check_setting("prune_until", end, start < end <= 1.0, f"a share of the steps above prune_from {start:g}, at most 1")
+        initial, target = settings.initial_sparsity, self.context.sparsity
+        check_setting("initial_sparsity", initial, 0.0 <= initial <= target, f"0 to the target sparsity {target:g}")
+        check_setting("prunings", settings.prunings, settings.prunings >= 1, "at least 1")
 
     def phases(self) -> list[Phase]:
         phases = [*self.untouched_phases(), _Gradual(self, "prune")]

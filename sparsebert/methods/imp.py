@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsebert.errors import UserError
 from sparsebert.methods import one_shot
-from sparsebert.methods.base import Context, Phase
+from sparsebert.methods.base import Phase, check_setting
 from sparsebert.methods.one_shot import Resettable, ResetPhase
 from sparsebert.methods.phases import WeightsPhase
 
@@ -24,11 +23,12 @@ class Settings(one_shot.Settings):
 def rounds_to(sparsity: float, rate: float) -> list[float]:
     """The sparsity after each round: `1 - (1 - rate)^r`, the last one exactly the target."""
     levels: list[float] = []
-    kept = 1.0
+    kept = 1.0 - rate
+    # A round that would end a rounding error below the target is the last one.
     while 1.0 - kept < sparsity - 1e-9:
+        levels.append(1.0 - kept)
         kept *= 1.0 - rate
-        levels.append(min(1.0 - kept, sparsity))
-    return levels
+    return [*levels, sparsity] if sparsity > 0.0 else []
 
 
 class _Round(WeightsPhase):
@@ -48,8 +48,7 @@ class _Round(WeightsPhase):
     def finish(self) -> None:
         if self.sparsity is not None:
             masks = self.method.masks
-            scores = masks.pattern.magnitude(masks.groups, masks.weights())
-            masks.select(scores, self.sparsity, self.method.context.allocation)
+            masks.select(masks.magnitude(), self.sparsity, self.method.context.allocation)
 
 
 class IterativeMagnitude(Resettable):
@@ -59,10 +58,10 @@ class IterativeMagnitude(Resettable):
     summary = "iterative magnitude pruning: train, prune 20 % of what is left, rewind; repeated"
     Settings = Settings
 
-    def __init__(self, context: Context, settings: Settings) -> None:
-        if not 0.0 < settings.prune_rate < 1.0:
-            raise UserError(f"prune_rate {settings.prune_rate:g}: expected a share between 0 and 1, e.g. 0.2")
-        super().__init__(context, settings)
+    def check(self) -> None:
+        super().check()
+        rate = self.settings.prune_rate
+        check_setting("prune_rate", rate, 0.0 < rate < 1.0, "a share between 0 and 1, e.g. 0.2")
 
     def phases(self) -> list[Phase]:
         levels = rounds_to(self.context.sparsity, self.settings.prune_rate)

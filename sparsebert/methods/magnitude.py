@@ -16,5 +16,4 @@ class Magnitude(OneShot):
     summary = "one-shot magnitude pruning, then training under the mask"
 
     def scores(self) -> list[Tensor]:
-        masks = self.masks
-        return masks.pattern.magnitude(masks.groups, masks.weights())
+        return self.masks.magnitude()

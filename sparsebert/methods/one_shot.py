@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsebert.errors import unknown
 from sparsebert.methods.base import Context, Method, Phase
-from sparsebert.methods.phases import WEIGHTS_DEFAULTS, HeadPhase, WeightsPhase
+from sparsebert.methods.phases import WEIGHTS_DEFAULTS, HeadPhase, WeightsPhase, check_head_rate
 
 __all__ = ["WEIGHTS", "OneShot", "ResetPhase", "Resettable", "Settings"]
 
@@ -35,10 +35,14 @@ class Resettable(Method):
     defaults = WEIGHTS_DEFAULTS
 
     def __init__(self, context: Context, settings: Settings) -> None:
-        if settings.weights not in WEIGHTS:
-            raise unknown("weights", settings.weights, WEIGHTS)
         super().__init__(context, settings)
-        self._first_base = {name: tensor.clone() for name, tensor in context.model.base.named_parameters()}
+        self._first_base = {name: tensor.detach().clone() for name, tensor in context.model.base.named_parameters()}
+
+    def check(self) -> None:
+        super().check()
+        if self.settings.weights not in WEIGHTS:
+            raise unknown("weights", self.settings.weights, WEIGHTS)
+        check_head_rate(self.settings.head_learning_rate)
 
     @torch.no_grad()
     def reset_weights(self) -> None:

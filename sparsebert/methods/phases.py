@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from sparsebert.methods.base import Method, Phase
+from sparsebert.methods.base import Method, Phase, check_setting
 
-__all__ = ["HEAD_DEFAULTS", "WEIGHTS_DEFAULTS", "HeadPhase", "WeightsPhase", "freeze"]
+__all__ = ["HEAD_DEFAULTS", "WEIGHTS_DEFAULTS", "HeadPhase", "WeightsPhase", "check_head_rate", "freeze"]
 
 _COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -88,6 +89,11 @@ class WeightsPhase(Phase):
             self.module.masks.zero_pruned()
             self.module.masks.refresh()
         return False
+
+
+def check_head_rate(rate: float) -> None:
+    """Raises a UserError unless `rate` can be the setting `head_learning_rate`."""
+    check_setting("head_learning_rate", rate, 0.0 <= rate < math.inf, "0 (as --learning-rate) or a positive number")
 
 
 def freeze(module: Any) -> None:

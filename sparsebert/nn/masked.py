@@ -29,7 +29,8 @@ class _Masked(nn.Module):
         self.grid = grid
         self._score: list[Tensor] = []
         self.register_buffer("bits", bits, persistent=False)
-        self.register_buffer("masked_weight", torch.empty_like(weight, dtype=dtype), persistent=False)
+        product = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self.register_buffer("masked_weight", product, persistent=False)
         self.refresh()
 
     @property

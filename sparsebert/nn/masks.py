@@ -39,9 +39,10 @@ class Masks(nn.Module):
         self.scores: nn.ParameterList | None = None
         self._base = [base]
         self._modules_of: list[list[MaskedLinear | MaskedEmbedding]] = []
+        device = next(base.parameters()).device
         for index, group in enumerate(self.groups):
-            units = group.views[0].grid[0] * group.views[0].grid[1]
-            self.register_buffer(f"bits_{index}", pack_bits(torch.ones(units, dtype=torch.bool)))
+            kept = torch.ones(math.prod(group.shape), dtype=torch.bool, device=device)
+            self.register_buffer(f"bits_{index}", pack_bits(kept))
             self._modules_of.append([self._replace(view.matrix.name, index, view.grid, dtype) for view in group.views])
 
     def _replace(
@@ -94,8 +95,13 @@ class Masks(nn.Module):
 
     @torch.no_grad()
     def select(self, scores: Sequence[Tensor], sparsity: float, allocation: Allocation) -> None:
-        """Sets the masks with exactly `sparsity` of the units pruned, those of smallest score."""
+        """Sets the masks with exactly `sparsity` of the units pruned, those of smallest score.
+
+        Raises:
+            UserError: a sparsity that the pattern cannot have, or an unknown allocation.
+        """
         if isinstance(self.pattern, GridPattern) and self._one_to_one and allocation == "global":
+            self.pattern.check_sparsity(sparsity)
             total = sum(score.numel() for score in scores)
             weights, out = self._weights_and_products()
             self.set_bits(select_mask(scores, units_to_prune(sparsity, total), weights, out), refresh=False)
@@ -128,6 +134,15 @@ class Masks(nn.Module):
             for view, module in zip(group.views, modules, strict=True)
         )
         return dict(pairs)
+
+    @torch.no_grad()
+    def magnitude(self) -> list[Tensor]:
+        """Magnitude scores (`Pattern.magnitude`), below all others, -1, where a unit is pruned already.
+
+        So pruning further never brings a unit back, whatever its weights have come to in the meantime.
+        """
+        scores = self.pattern.magnitude(self.groups, self.weights())
+        return [score.masked_fill(~kept, -1.0) for score, kept in zip(scores, self.units(), strict=True)]
 
     @torch.no_grad()
     def zero_pruned(self) -> None:

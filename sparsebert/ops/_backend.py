@@ -49,6 +49,7 @@ class Op:
         fake: shapes and dtypes of the results, for tracing; None where nothing is returned.
         backward, setup_context: the autograd formula (`torch.library.register_autograd`), or None.
         mutates: names of the arguments written in place.
+        composed: made of torch's ops and of others here, so it has the one body and no backend to force.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Op:
         backward: Callable[..., Any] | None = None,
         setup_context: Callable[..., Any] | None = None,
         mutates: Sequence[str] = (),
+        composed: bool = False,
     ) -> None:
         self.name = name
+        self.composed = composed
         self._fake = fake
         self._backward = backward
         self._setup_context = setup_context
@@ -94,6 +97,8 @@ class Op:
         """Why `backend` cannot run this op here, or None when it can."""
         if backend == "reference":
             return None
+        if self.composed:
+            return "made of other ops; has the one body"
         if backend == "triton":
             reason = _triton_missing(self.name)
         else:
@@ -108,7 +113,7 @@ class Op:
         return None
 
     def _resolve(self, device_type: str, supported: bool, forced: str | None) -> OpOverload:
-        if forced == "reference":
+        if forced == "reference" or self.composed:
             return self._overload(REFERENCE)
         candidates = _ORDER.get(device_type, ())
         if forced is not None:

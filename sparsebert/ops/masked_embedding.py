@@ -58,7 +58,7 @@ def masked_embedding(
         return F.embedding(ids, masked_weight.detach())
     if weight.requires_grad and bits is None:
         raise ValueError("bits: needed where weight requires a gradient; give the mask's bits or freeze the weight")
-    body = _forward.pick(ids.device, compiled=False)
+    body = _forward.pick(ids.device)
     return body(ids, weight, masked_weight.detach(), scores, bits, padding, cells)
 
 
@@ -115,5 +115,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward = Op(
-    "masked_embedding", masked_embedding_reference, _fake_forward, backward=_backward, setup_context=_setup_context
+    "masked_embedding",
+    masked_embedding_reference,
+    _fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+    composed=True,
 )

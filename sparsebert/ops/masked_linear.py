@@ -57,9 +57,7 @@ def masked_linear(
     with full_precision(x.device.type):
         x = x.to(masked_weight.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        training = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, weight, scores, bias)
-        )
+        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, scores, bias))
         if not training and x.numel() < FEW_ROWS * x.shape[-1]:
             return F.linear(x, masked_weight.detach(), bias)
         if training and weight.requires_grad and bits is None:
@@ -190,8 +188,10 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, masked_weight, scores, bits, bias, grid = inputs
-    ctx.save_for_backward(x, weight, masked_weight, bits)
-    ctx.grid = list(grid)
+    # x is as large as all else together in a long batch, and dX does not need it.
+    _, need_weight, _, need_scores = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(x if need_weight or need_scores else None, weight, masked_weight, bits)
+    ctx.x_shape, ctx.grid = x.shape, list(grid)
     ctx.scores_dtype = None if scores is None else scores.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -201,7 +201,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, _, need_scores, _, need_bias, _ = ctx.needs_input_grad
     with full_precision(grad.device.type):
         body = _backward_op.pick(grad.device, is_supported(weight, masked_weight))
-        grad = grad.to(x.dtype)
+        grad = grad.to(masked_weight.dtype)
+        if x is None:
+            x = masked_weight.new_empty(()).expand(ctx.x_shape)  # only its shape is read
         grad_x, grad_scores, grad_weight = body(
             grad, x, weight, masked_weight, bits, ctx.grid, need_x, need_scores, need_weight
         )
@@ -220,7 +222,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward = Op(
-    "masked_linear", masked_linear_reference, _fake_forward, backward=_backward, setup_context=_setup_context
-)
+_forward = Op("masked_linear", masked_linear_reference, _fake_forward, backward=_backward, setup_context=_setup_context)
 _backward_op = Op("masked_linear_backward", masked_linear_backward_reference, _fake_backward)

@@ -10,24 +10,46 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sparsebert.errors import UserError
+from sparsebert.errors import UserError, unknown
 from sparsebert.ops.bits import block_sum
 from sparsebert.ops.select_mask import select_mask, threshold_mask
 from sparsebert.patterns.matrix import Matrix, ScoreGroup, View
 
-__all__ = ["Allocation", "GridPattern", "Pattern", "single_views", "units_to_prune"]
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "GridPattern",
+    "Pattern",
+    "prune_smallest",
+    "single_views",
+    "units_to_prune",
+]
 
 Allocation = Literal["global", "matrix"]
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 
 
 def units_to_prune(sparsity: float, total: int) -> int:
     """How many of `total` units a sparsity prunes: the nearest whole number, halves up."""
     return math.floor(sparsity * total + 0.5)
+
+
+def prune_smallest(scores: Sequence[Tensor], sparsity: float, allocation: Allocation) -> list[Tensor]:
+    """Bits that prune exactly `sparsity` of the scores, the smallest: of all together, or of each tensor.
+
+    Raises:
+        UserError: an unknown allocation.
+    """
+    if allocation == "global":
+        return select_mask(scores, units_to_prune(sparsity, sum(score.numel() for score in scores)))
+    if allocation == "matrix":
+        return [select_mask([score], units_to_prune(sparsity, score.numel()))[0] for score in scores]
+    raise unknown("allocation", allocation, ALLOCATIONS)
 
 
 class Pattern(ABC):
@@ -59,6 +81,9 @@ class Pattern(ABC):
 
         Returns:
             One uint8 tensor of packed bits per group, 1 = kept; equal scores: the earliest is pruned first.
+
+        Raises:
+            UserError: a sparsity that the pattern cannot have, or an unknown allocation.
         """
 
     @abstractmethod
@@ -71,16 +96,15 @@ class Pattern(ABC):
             raise UserError(f"sparsity {sparsity:g}: expected a number in [0, 1), e.g. 0.5 to prune half")
 
     def magnitude(self, groups: Sequence[ScoreGroup], weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """Magnitude scores: the mean of |W| over a unit, fp32, one tensor per group."""
+        """Magnitude scores: the mean of |W| over a unit, fp32, one tensor per group, on the weights' device."""
         scores = []
         for group in groups:
-            total = torch.zeros(group.shape)
-            size = 0
-            for view in group.views:
-                weight = weights[view.matrix.name].detach()
-                total += block_sum(weight.abs().float(), view.grid).reshape(group.shape).to(total.device)
-                size += weight.numel() // total.numel()
-            scores.append(total if size == 1 else total / size)
+            sums = [
+                block_sum(weights[view.matrix.name].detach().abs().float(), view.grid).reshape(group.shape)
+                for view in group.views
+            ]
+            unit = group.elements // math.prod(group.shape)
+            scores.append(sum(sums[1:], sums[0]) / unit)
         return scores
 
 
@@ -91,9 +115,7 @@ class GridPattern(Pattern):
         self, groups: Sequence[ScoreGroup], scores: Sequence[Tensor], sparsity: float, allocation: Allocation
     ) -> list[Tensor]:
         self.check_sparsity(sparsity)
-        if allocation == "global":
-            return select_mask(scores, units_to_prune(sparsity, sum(score.numel() for score in scores)))
-        return [select_mask([score], units_to_prune(sparsity, score.numel()))[0] for score in scores]
+        return prune_smallest(scores, sparsity, allocation)
 
     def above(self, groups: Sequence[ScoreGroup], scores: Sequence[Tensor], threshold: float) -> list[Tensor]:
         return threshold_mask(scores, threshold)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from sparsebert.errors import UserError, unknown
 from sparsebert.ops.bits import unpack_bits
 from sparsebert.ops.nm_mask import nm_mask
-from sparsebert.ops.select_mask import select_mask
-from sparsebert.patterns.base import Allocation, GridPattern, Pattern, single_views, units_to_prune
+from sparsebert.patterns.base import Allocation, GridPattern, Pattern, prune_smallest, single_views
 from sparsebert.patterns.matrix import Matrix, ScoreGroup, View
 
 __all__ = ["PATTERNS", "Block", "Heads", "Neurons", "NofM", "Unstructured", "parse_pattern"]
 
 PATTERNS = ("unstructured", "2:4", "n:m", "block:RxC", "neurons", "heads")
 """The spellings, as help and errors show them."""
+
+_ROUNDING = 1e-6  # how far a sparsity written in decimals may be from n:m's own
 
 
 class Unstructured(GridPattern):
@@ -53,11 +54,12 @@ class NofM(Pattern):
     def __init__(self, n: int, m: int) -> None:
         self.n, self.m = n, m
         self.spec = f"{n}:{m}"
-        self.default_sparsity = 1.0 - n / m
+        # Not 1 - n/m: this is the very number that (pruned units) / (all units) gives.
+        self.default_sparsity = (m - n) / m
 
     def check_sparsity(self, sparsity: float) -> None:
         super().check_sparsity(sparsity)
-        if abs(sparsity - self.default_sparsity) > 1e-6:
+        if abs(sparsity - self.default_sparsity) > _ROUNDING:
             raise UserError(
                 f"sparsity {sparsity:g}: pattern {self.spec} keeps {self.n} of every {self.m} weights, so its sparsity "
                 f"is {self.default_sparsity:g}; leave --sparsity out, or choose another pattern"
@@ -75,21 +77,27 @@ class NofM(Pattern):
     def select(
         self, groups: Sequence[ScoreGroup], scores: Sequence[Tensor], sparsity: float, allocation: Allocation
     ) -> list[Tensor]:
+        """As `Pattern.select`; sparsities below the pattern's own are taken too, on the way to it.
+
+        Then a group of m keeps more than n, and never fewer.
+        """
+        super().check_sparsity(sparsity)
         bits = [nm_mask(score, self.n, self.m) for score in scores]
-        if sparsity >= self.default_sparsity - 1e-6:
+        if sparsity >= self.default_sparsity - _ROUNDING:
+            self.check_sparsity(sparsity)
             return bits
-        # On the way to the target (gradual pruning) the n best of a group are never candidates.
-        infinity = torch.tensor(float("inf"))
+        # The n best of a group are never candidates.
         ranked = [
-            torch.where(unpack_bits(packed, tuple(score.shape)), infinity.to(score.device), score)
+            score.masked_fill(unpack_bits(packed, tuple(score.shape)), math.inf)
             for packed, score in zip(bits, scores, strict=True)
         ]
-        if allocation == "global":
-            return select_mask(ranked, units_to_prune(sparsity, sum(score.numel() for score in scores)))
-        return [select_mask([score], units_to_prune(sparsity, score.numel()))[0] for score in ranked]
+        return prune_smallest(ranked, sparsity, allocation)
 
     def above(self, groups: Sequence[ScoreGroup], scores: Sequence[Tensor], threshold: float) -> list[Tensor]:
         return [nm_mask(score, self.n, self.m, threshold) for score in scores]
+
+
+_ATTENTION = ("query", "key", "value", "attention_output")
 
 
 class Neurons(GridPattern):
@@ -99,13 +107,11 @@ class Neurons(GridPattern):
 
     def groups(self, matrices: Sequence[Matrix]) -> list[ScoreGroup]:
         groups = []
-        for layer, parts in _by_layer(matrices).items():
-            if "ffn_in" in parts and "ffn_out" in parts:
-                first, second = parts["ffn_in"], parts["ffn_out"]
-                width = first.shape[0]
-                views = (View(first, (width, 1)), View(second, (1, width)))
-                groups.append(ScoreGroup(f"layer{layer}.neurons", (width,), views))
-        return _needed(groups, self.spec, "the encoder's feed-forward linears")
+        for layer, (first, second) in _parts(matrices, self.spec, ("ffn_in", "ffn_out")).items():
+            width = first.shape[0]
+            views = (View(first, (width, 1)), View(second, (1, width)))
+            groups.append(ScoreGroup(f"layer{layer}.neurons", (width,), views))
+        return groups
 
 
 class Heads(GridPattern):
@@ -115,31 +121,33 @@ class Heads(GridPattern):
 
     def groups(self, matrices: Sequence[Matrix]) -> list[ScoreGroup]:
         groups = []
-        for layer, parts in _by_layer(matrices).items():
-            if "attention_output" in parts:
-                heads = parts["attention_output"].heads
-                views = tuple(View(parts[name], (heads, 1)) for name in ("query", "key", "value"))
-                views += (View(parts["attention_output"], (1, heads)),)
-                groups.append(ScoreGroup(f"layer{layer}.heads", (heads,), views))
-        return _needed(groups, self.spec, "the encoder's attention linears")
+        for layer, (*inputs, output) in _parts(matrices, self.spec, _ATTENTION).items():
+            heads = output.heads
+            views = (*(View(matrix, (heads, 1)) for matrix in inputs), View(output, (1, heads)))
+            groups.append(ScoreGroup(f"layer{layer}.heads", (heads,), views))
+        return groups
 
 
-def _by_layer(matrices: Sequence[Matrix]) -> dict[int, dict[str, Matrix]]:
+def _parts(matrices: Sequence[Matrix], spec: str, wanted: Sequence[str]) -> dict[int, list[Matrix]]:
+    """By encoder layer, the matrices of the `wanted` components in that order; other encoder matrices do not matter."""
     layers: dict[int, dict[str, Matrix]] = {}
     for matrix in matrices:
         if matrix.layer is None:
             raise UserError(
-                f"patterns neurons and heads remove structure of encoder layers; {matrix.name} is none "
+                f"pattern {spec}: removes structure of encoder layers, and {matrix.name} is in none "
                 "(use --masked encoder, or another pattern)"
             )
         layers.setdefault(matrix.layer, {})[matrix.component] = matrix
-    return layers
-
-
-def _needed(groups: list[ScoreGroup], spec: str, what: str) -> list[ScoreGroup]:
-    if not groups:
-        raise UserError(f"pattern {spec}: needs {what} among the masked matrices (use --masked encoder)")
-    return groups
+    used = {layer: parts for layer, parts in layers.items() if not parts.keys().isdisjoint(wanted)}
+    for layer, parts in used.items():
+        if missing := [name for name in wanted if name not in parts]:
+            raise UserError(
+                f"pattern {spec}: layer {layer} is masked without its {' and '.join(missing)}, which go together with "
+                "the rest (use --masked encoder)"
+            )
+    if not used:
+        raise UserError(f"pattern {spec}: needs {', '.join(wanted)} among the masked matrices (use --masked encoder)")
+    return {layer: [parts[name] for name in wanted] for layer, parts in used.items()}
 
 
 def parse_pattern(spec: str) -> Pattern:
@@ -161,4 +169,6 @@ def parse_pattern(spec: str) -> Pattern:
         if rows < 1 or columns < 1:
             raise UserError(f"pattern {spec}: block sides must be at least 1")
         return Block(rows, columns)
+    if spec in PATTERNS:
+        raise UserError(f"pattern {spec}: expected numbers in place of the letters, e.g. 2:4 or block:16x16")
     raise unknown("pattern", spec, PATTERNS)

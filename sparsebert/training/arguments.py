@@ -13,19 +13,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from sparsebert.errors import UserError, unknown
 from sparsebert.methods import METHODS
-from sparsebert.methods.base import describe
-from sparsebert.training.run import Config
+from sparsebert.methods.base import Method, describe
+from sparsebert.training.config import Config, typed
 from sparsebert.training.settings import RunSettings
+from sparsebert.training.trainer import OWNED, REFUSED
 
 __all__ = ["parse_arguments"]
-
-# What the run itself decides: where checkpoints go, precision and device, how batches are read.
-_OWNED = {
-    "output_dir", "bf16", "fp16", "use_cpu", "disable_tqdm", "remove_unused_columns", "resume_from_checkpoint",
-    "label_names", "do_train", "do_eval", "do_predict", "push_to_hub", "logging_nan_inf_filter",
-    "ddp_broadcast_buffers", "ddp_find_unused_parameters", "dataloader_pin_memory", "deepspeed", "fsdp", "fsdp_config",
-}  # fmt: skip
-
 
 _TRAINER_HELP = {
     "max_steps": "optimiser steps of a phase; wins over --num-train-epochs",
@@ -79,23 +72,27 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path | None, bool]:
     stored = _stored(early)
     run_values = {**stored.get("run", {}), **{k: v for k, v in vars(early).items() if k == "method"}}
     name = run_values.get("method", RunSettings.method)
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
+    if not isinstance(name, str) or name not in METHODS:
+        raise unknown("method", str(name), METHODS)
     method = METHODS[name]
     parser = _parser([RunSettings, _with_help(method.Settings), TrainingArguments])
     given, strange = parser.parse_known_args(argv)
     if strange:
         raise _strange(strange[0], parser)
     flags = vars(given)
-    if "resume" in flags and set(flags) - {"resume", "output"}:
-        extra = sorted(set(flags) - {"resume", "output"})
+    if "resume" in flags and len(flags) > 1:
+        extra = sorted(set(flags) - {"resume"})[0].replace("_", "-")
         raise UserError(
-            f"--resume takes the interrupted run's own settings; leave out --{extra[0].replace('_', '-')} "
+            f"--resume takes the interrupted run's own settings and folder; leave out --{extra} "
             "(or start a new run with --config and other flags)"
         )
+    if not method.sparsifies:
+        for key in ("pattern", "sparsity", "allocation", "masked"):
+            if key in flags:
+                raise UserError(f"--{key}: method {name} prunes nothing; leave it out, or choose another --method")
     config = _resolve(method, stored, flags)
     where = flags.get("resume") or flags.get("output")
-    return config, Path(where) if where else None, "resume" in flags
+    return config, Path(where).expanduser() if where else None, "resume" in flags
 
 
 def _parser(types: list[type]) -> _Parser:
@@ -170,56 +167,58 @@ def _stored(early: argparse.Namespace) -> dict[str, Any]:
         return {}
     try:
         stored = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config {source}: cannot be read ({str(error).splitlines()[0]})") from error
-    if not isinstance(stored, dict) or set(stored) - {"run", "settings", "trainer"}:
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"config {source}: cannot be read ({' '.join(str(error).split())})") from error
+    sections = {"run", "settings", "trainer"}
+    if not isinstance(stored, dict) or not stored or set(stored) - sections:
         raise UserError(f"config {source}: expected the sections run, settings and trainer, as a run's config.yaml has")
+    for section, values in stored.items():
+        if not isinstance(values, dict | None) or not all(isinstance(key, str) for key in values or ()):
+            raise UserError(f"config {source}: section {section}: expected lines 'name: value', got {values!r}")
     return {section: values or {} for section, values in stored.items()}
 
 
-def _resolve(method: type, stored: dict[str, Any], flags: dict[str, Any]) -> Config:
-    run_names = {field.name for field in dataclasses.fields(RunSettings)}
-    own_names = {field.name for field in dataclasses.fields(method.Settings)}
-    trainer_names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - _OWNED
-    defaults = {key: value for key, value in method.defaults.items() if key in trainer_names}
-    sections = {
-        "run": {key: value for key, value in method.defaults.items() if key in run_names},
-        "settings": {},
-        "trainer": defaults,
+def _resolve(method: type[Method], stored: dict[str, dict[str, Any]], flags: dict[str, Any]) -> Config:
+    types = {"run": RunSettings, "settings": method.Settings, "trainer": TrainingArguments}
+    names = {section: {field.name for field in dataclasses.fields(cls) if field.init} for section, cls in types.items()}
+    names["run"] -= {"output", "resume", "config"}
+    names["trainer"] -= {*OWNED, *REFUSED}
+    sections: dict[str, dict[str, Any]] = {
+        section: {key: value for key, value in method.defaults.items() if key in names[section]}
+        for section in ("run", "settings", "trainer")
     }
-    names = {"run": run_names, "settings": own_names, "trainer": trainer_names}
+    was = stored.get("run", {}).get("method", RunSettings.method)
     for section, values in stored.items():
         # A stored method other than the one asked for now: its own settings say nothing here.
-        if section == "settings" and stored.get("run", {}).get("method") != flags.get("method", stored["run"].get("method")):
+        if section == "settings" and was != method.name:
             continue
         for key, value in values.items():
             if key not in names[section]:
-                raise unknown(f"setting in the configuration's section {section!r}", key, names[section])
+                raise _not_stored(section, key, names[section])
             sections[section][key] = value
     for key, value in flags.items():
-        if key in _OWNED:
-            advice = "use --output" if key == "output_dir" else "use --precision" if key in ("bf16", "fp16") else ""
-            raise UserError(f"--{key.replace('_', '-')}: is decided by the run itself" + (f"; {advice}" if advice else ""))
-        section = next(section for section, known in names.items() if key in known)
-        sections[section][key] = value
-    sections["run"].setdefault("method", method.name)
+        if key in OWNED or key in REFUSED:
+            raise UserError(f"--{key.replace('_', '-')}: {_refusal(key)}")
+        section = next((section for section, known in names.items() if key in known), None)
+        if section is not None:
+            sections[section][key] = value
+    sections["run"]["method"] = method.name
+    values = {section: typed(cls, sections[section]) for section, cls in types.items()}
     for key in ("data_dir", "model"):
         # The run is read again from elsewhere: paths must not depend on where it was started.
-        value = sections["run"].get(key)
-        if value and Path(value).exists():
-            sections["run"][key] = str(Path(value).resolve())
-    return Config(RunSettings(**sections["run"]), method.Settings(**_typed(method.Settings, sections["settings"])), sections["trainer"])
+        value = values["run"].get(key)
+        if value and (key, value) != ("model", RunSettings.model) and Path(value).expanduser().exists():
+            values["run"][key] = str(Path(value).expanduser().resolve())
+    return Config(RunSettings(**values["run"]), method.Settings(**values["settings"]), values["trainer"])
 
 
-def _typed(settings: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers as the settings class declares them (YAML reads `1e-5` as text)."""
-    hints = get_type_hints(settings)
-    typed = {}
-    for key, value in values.items():
-        try:
-            typed[key] = hints[key](value) if hints[key] in (float, int) and not isinstance(value, bool) else value
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{key} {value!r}: expected a number") from error
-    return typed
+def _not_stored(section: str, key: str, known: set[str]) -> UserError:
+    if section == "trainer" and (key in OWNED or key in REFUSED):
+        return UserError(f"{key} in the configuration's section trainer: {_refusal(key)}")
+    return unknown(f"setting in the configuration's section {section!r}", key, known)
 
 
+def _refusal(key: str) -> str:
+    if key in REFUSED:
+        return f"not for a run: {REFUSED[key]}"
+    return "is decided by the run itself" + (f"; {OWNED[key]}" if OWNED[key] else "")

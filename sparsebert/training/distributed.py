@@ -1,13 +1,20 @@
-"""The little that runs over several ranks need beside Trainer: who writes, and waiting for each other."""
+"""The little that runs over several ranks need beside Trainer: who writes, waiting for each other, one answer for all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 
-__all__ = ["barrier", "is_main", "share", "start", "world_size"]
+from sparsebert.errors import UserError
+
+__all__ = ["barrier", "gather", "is_main", "once", "rank", "share", "speaks", "start", "world_size"]
+
+# The other ranks wait while the main one scores, which on a large validation set takes more than torch's 10 minutes.
+_PATIENCE = timedelta(days=1)
 
 
 def start() -> None:
@@ -16,9 +23,14 @@ def start() -> None:
         from accelerate import PartialState
 
         if torch.cuda.is_available():
-            PartialState()
+            PartialState(timeout=_PATIENCE)
         else:
-            PartialState(cpu=True, backend="gloo")
+            PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
+
+
+def speaks() -> bool:
+    """Whether this process prints what every rank finds out; the first of each machine, also before `start`."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def world_size() -> int:
@@ -26,9 +38,14 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if _ready() else 1
 
 
+def rank() -> int:
+    """This process's number, from 0."""
+    return torch.distributed.get_rank() if _ready() else 0
+
+
 def is_main() -> bool:
     """Whether this rank writes files and scores."""
-    return torch.distributed.get_rank() == 0 if _ready() else True
+    return rank() == 0
 
 
 def barrier() -> None:
@@ -44,6 +61,30 @@ def share(value: Any) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in order, on every rank."""
+    if not _ready():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def once(action: Callable[[], Any]) -> Any:
+    """Does something on the main rank alone; its answer, or its `UserError`, reaches every rank."""
+    answer: Any = None
+    problem: UserError | None = None
+    if is_main():
+        try:
+            answer = action()
+        except UserError as error:
+            problem = error
+    answer, message = share((answer, None if problem is None else str(problem)))
+    if message is not None:
+        raise problem or UserError(message)
+    return answer
 
 
 def _ready() -> bool:

@@ -60,5 +60,4 @@ def score(outputs: Mapping[str, np.ndarray], encoded: Encoded, spec: TaskSpec) -
     """The task's metrics, as fractions."""
     if spec.kind == "span":
         return span_metrics(encoded, outputs["start_logits"], outputs["end_logits"], spec)
-    labels = np.array([encoded[index]["labels"] for index in range(len(encoded))])
-    return compute_metrics(spec, outputs["logits"], labels)
+    return compute_metrics(spec, outputs["logits"], encoded.labels, encoded.label_ids)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sparsebert.errors import UserError
+from sparsebert.training.disk import guard_disk
 
-__all__ = ["RunFolder", "default_output", "guard_disk", "write_text"]
+__all__ = ["Checkpoint", "RunFolder", "default_output", "last_checkpoint", "write_text"]
 
-_COMPLETE = "complete.json"
+# A phase's last line in metrics.jsonl, and no other, has this number.
+_SUMMARY = "train_seconds"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,7 +25,12 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
+    put_in_place(temporary, path)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Gives a finished file its name, once it is on disk."""
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -51,25 +56,54 @@ class RunFolder:
         self.metrics = root / "metrics.jsonl"
         self.result = root / "result.json"
         self.model = root / "model"
+        self.reports = root / "tensorboard"
         self.state = root / "state"
         self.checkpoints = root / "checkpoints"
+        self._inputs = self.state / "inputs.json"
 
-    def create(self, config: dict[str, Any]) -> None:
+    def check_free(self) -> None:
+        """A `UserError` if the folder holds a run or other files already, or cannot be a folder."""
+        with guard_disk(self.root):
+            if self.config.exists():
+                raise UserError(
+                    f"output {self.root}: already holds a run; choose another --output, "
+                    f"or go on with --resume {self.root}"
+                )
+            if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+                raise UserError(f"output {self.root}: exists and is not empty; choose another --output")
+
+    def create(self, config: dict[str, Any], inputs: dict[str, Any]) -> None:
         """Makes a new run's folder.
 
+        Args:
+            config: for config.yaml.
+            inputs: what data and model are, and on how many ranks they are trained; see `check_inputs`.
+
         Raises:
-            UserError: the folder holds a run or other files already.
+            UserError: the folder holds a run or other files already, or cannot be made.
         """
-        if self.config.exists():
-            raise UserError(
-                f"output {self.root}: already holds a run; choose another --output, or go on with --resume {self.root}"
-            )
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise UserError(f"output {self.root}: exists and is not empty; choose another --output")
+        self.check_free()
         with guard_disk(self.root):
             self.state.mkdir(parents=True)
-            self.checkpoints.mkdir()
-            write_text(self.config, yaml.safe_dump(config, sort_keys=False))
+            try:
+                self.checkpoints.mkdir()
+                write_text(self._inputs, json.dumps(inputs))
+                # Last: a folder with this file is a run that can be resumed.
+                write_text(self.config, yaml.safe_dump(config, sort_keys=False))
+            except BaseException:
+                self.clear()
+                raise
+
+    def check_inputs(self, inputs: dict[str, Any]) -> None:
+        """A `UserError` if a resumed run is given something else than it began with."""
+        try:
+            first = json.loads(self._inputs.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"resume {self.root}: {self._inputs} is missing or damaged; start a new run") from error
+        for name, value in json.loads(json.dumps(inputs)).items():
+            if first.get(name) != value:
+                change = f"{first.get(name)} before, {value} now" if name == "ranks" else "not what the run began with"
+                raise UserError(f"resume {self.root}: {name}: {change}; put it back, or start a new run")
 
     def phase_folder(self, index: int, name: str) -> Path:
         """Where Trainer puts the checkpoints of a phase."""
@@ -79,90 +113,102 @@ class RunFolder:
         """The module's tensors at the end of a phase."""
         return self.state / f"{index:02d}-{name}.safetensors"
 
-    def phase_notes(self, index: int, name: str) -> Path:
-        """Scores and times of a finished phase; it exists if and only if the phase is finished."""
+    def phase_notes(self, index: int, name: str) -> dict[str, Any]:
+        """Steps, times and scores of a phase; empty as long as it is not trained to its end."""
+        path = self._notes(index, name)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_notes(self, index: int, name: str, notes: dict[str, Any]) -> None:
+        """Keeps them; the phase's state must be there before."""
+        write_text(self._notes(index, name), json.dumps(notes))
+
+    def _notes(self, index: int, name: str) -> Path:
         return self.state / f"{index:02d}-{name}.json"
 
     def clear(self) -> None:
-        """Removes what only `--resume` needs, when the run is finished."""
-        for path in (self.checkpoints, self.state):
+        """Removes what only `--resume` needs, and what killed saves left, when the run is finished."""
+        for path in (self.checkpoints, self.state, *self.root.glob(f".{self.model.name}.*")):
             shutil.rmtree(path, ignore_errors=True)
+        for path in self.root.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def append_metrics(self, entry: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
+        entry = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def phase_summary(self, phase: str, step: int, loss: float, seconds: float) -> None:
+        """A phase's last line in metrics.jsonl."""
+        self.append_metrics({"phase": phase, "step": step, "train_loss": loss, _SUMMARY: seconds})
 
     def truncate_metrics(self, phase: str, step: int) -> None:
-        """Drops the lines that a resumed phase will write again."""
+        """Drops the lines that a phase will write again when it goes on from `step` (-1: from its beginning)."""
         if not self.metrics.exists():
             return
         lines = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+                again = entry["phase"] == phase and (entry["step"] > step or _SUMMARY in entry)
+            except (ValueError, KeyError, TypeError):
                 continue  # cut off by a kill
-            if entry["phase"] != phase or entry["step"] <= step:
+            if not again:
                 lines.append(line + "\n")
         write_text(self.metrics, "".join(lines))
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """Says that every file of a checkpoint is on disk: written last, with the files' sizes."""
-    sizes = {}
-    for path in sorted(checkpoint.iterdir()):
-        if path.is_file() and path.name != _COMPLETE:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            sizes[path.name] = path.stat().st_size
-    write_text(checkpoint / _COMPLETE, json.dumps(sizes, indent=1))
+class Checkpoint:
+    """One of Trainer's checkpoints, with what a phase needs beside, written last of all.
+
+    Args:
+        path: `.../checkpoint-STEP`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.step = int(path.name.removeprefix("checkpoint-"))
+        self._mark = path / "complete.json"
+
+    def complete(self, *, ended: bool, seconds: float, losses: list[list[float]]) -> None:
+        """Says that every file is on disk, with the files' sizes, and how far the phase is."""
+        sizes = {}
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and path != self._mark:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                sizes[path.name] = path.stat().st_size
+        about = {"ended": ended, "seconds": seconds, "losses": losses, "sizes": sizes}
+        write_text(self._mark, json.dumps(about, indent=1))
+
+    def read(self) -> dict[str, Any] | None:
+        """What `complete` wrote; None if the checkpoint was not written to its end or its files have other sizes."""
+        try:
+            about = json.loads(self._mark.read_text(encoding="utf-8"))
+            sound = all((self.path / name).stat().st_size == size for name, size in about["sizes"].items())
+            return about if sound and {"ended", "seconds", "losses"} <= set(about) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    @property
+    def weights(self) -> Path:
+        """The training module's tensors."""
+        return self.path / "model.safetensors"
+
+    def best(self) -> Path:
+        """The tensors of the phase's best checkpoint so far, for `--load-best-model-at-end`; else this one's."""
+        state = json.loads((self.path / "trainer_state.json").read_text(encoding="utf-8"))
+        step = state.get("best_global_step")
+        path = self.path.with_name(f"checkpoint-{step}") / self.weights.name
+        return path if step and path.is_file() else self.weights
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end and its files have kept their sizes."""
-    try:
-        sizes = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest complete checkpoint of a phase; incomplete ones are removed."""
-    found: list[tuple[int, Path]] = []
+    found: list[Checkpoint] = []
     for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and is_complete(path):
-            found.append((int(number), path))
+        if path.name.removeprefix("checkpoint-").isdigit() and Checkpoint(path).read() is not None:
+            found.append(Checkpoint(path))
         else:
             shutil.rmtree(path, ignore_errors=True)
-    return max(found)[1] if found else None
-
-
-@contextmanager
-def guard_disk(folder: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into an error that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        reason = _disk_reason(error, folder)
-        if reason is None:
-            raise
-        raise UserError(
-            f"{folder}: {reason}; what was saved before is kept: make room, then go on with --resume "
-            "(or start again with another --output)"
-        ) from error
-
-
-def _disk_reason(error: Exception, folder: Path) -> str | None:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "no space left on the disk"
-        if isinstance(seen, OSError) and seen.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return f"cannot be written ({seen.strerror})"
-        text = str(seen)
-        if "No space left" in text or "os error 28" in text:
-            return "no space left on the disk"
-        if "PytorchStreamWriter failed" in text or "unexpected pos" in text:
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
-            free = shutil.disk_usage(existing).free
-            return f"writing a checkpoint failed with {free / 2**20:.0f} MiB free on the disk"
-        seen = seen.__cause__ or seen.__context__
-    return None
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)

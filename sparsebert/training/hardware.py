@@ -6,13 +6,16 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsebert.errors import UserError
 
-__all__ = ["compute_dtype", "device", "hardware", "resolve_precision", "versions"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["choose_attention", "compute_dtype", "device", "hardware", "resolve_precision", "versions"]
 
 
 def device() -> torch.device:
@@ -55,6 +58,16 @@ def resolve_precision(asked: str) -> str:
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype that masked weights are multiplied in."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def choose_attention(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Sets the attention of a base that is fastest where it runs.
+
+    On a CPU torch's fused attention multiplies bf16 without the processor's bf16 instructions: forward and backward of
+    12 heads at length 64 took 44 ms fused against 5 ms written out (torch 2.13, Zen 5), at length 384 133 against 50.
+    """
+    written_out = device().type == "cpu" and dtype == torch.bfloat16
+    base.set_attn_implementation("eager" if written_out else "sdpa")
 
 
 def hardware() -> dict[str, Any]:

@@ -19,3 +19,5 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     # Raised by torch's scheduler on its first step under accelerate's wrapper, which does call them in order.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)`")
+    # Accelerate's own call of torch; what it passes is what the run wants.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

@@ -5,76 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from sparsebert.data import Collator, Encoded, TaskData, compute_metrics, demo_model_path, encode, hold_out, label_ids
-from sparsebert.data import load_task
+from sparsebert.data import Collator, Encoded, demo_model_path, encode, hold_out, label_ids
 from sparsebert.errors import UserError, unknown
 from sparsebert.methods import METHODS
 from sparsebert.methods.base import Context, Method, Phase
-from sparsebert.models.load import base_label_map, load_base, model_fingerprint
+from sparsebert.models.load import base_label_map, load_base, max_tokens, model_fingerprint
 from sparsebert.models.prunable import prunable_matrices, sparsity_report
-from sparsebert.models.storage import load_model, save_model
+from sparsebert.models.storage import save_model
 from sparsebert.models.task_model import TaskModel
 from sparsebert.patterns import parse_pattern
 from sparsebert.training import distributed
-from sparsebert.training.batches import LengthGrouped
-from sparsebert.training.callbacks import (
-    CheckpointCallback,
-    FiniteLoss,
-    InterruptCallback,
-    Interrupted,
-    LogCallback,
-    PhaseCallback,
-    ProgressCallback,
-)
-from sparsebert.training.evaluation import predict, score
-from sparsebert.training.folder import RunFolder, guard_disk, last_checkpoint, write_text
-from sparsebert.training.hardware import compute_dtype, device, hardware, resolve_precision, versions
-from sparsebert.training.settings import RunSettings
+from sparsebert.training.callbacks import CheckpointCallback, LogCallback, PhaseCallback
+from sparsebert.training.config import Config, load_run_task, max_length
+from sparsebert.training.disk import guard_disk
+from sparsebert.training.folder import Checkpoint, RunFolder, last_checkpoint, put_in_place, write_text
+from sparsebert.training.hardware import choose_attention, compute_dtype, device, hardware, resolve_precision, versions
+from sparsebert.training.interrupt import InterruptCallback, Interrupted
+from sparsebert.training.loss import LossCallback, check_weights
+from sparsebert.training.progress import ProgressCallback
+from sparsebert.training.scoring import encode_validation, evaluate_saved, score_sets
+from sparsebert.training.trainer import build_optimizer, build_trainer, freeze_unused, training_arguments
 
 __all__ = ["Config", "Run", "evaluate_saved"]
-
-_LONGEST = {"demo": 64, "squad": 384, "squad_v2": 384}
-
-
-@dataclass
-class Config:
-    """Everything a run depends on, resolved."""
-
-    run: RunSettings
-    method: Any
-    """An instance of the method's `Settings`."""
-    trainer: dict[str, Any]
-    """Hugging Face `TrainingArguments` by name, where they differ from its own defaults."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for config.yaml; paths of this run itself are left out."""
-        run = {k: v for k, v in dataclasses.asdict(self.run).items() if k not in ("output", "resume", "config")}
-        return {"run": run, "settings": dataclasses.asdict(self.method), "trainer": dict(self.trainer)}
-
-
-def max_length(run: RunSettings) -> int:
-    """The longest input in tokens."""
-    return run.max_length or _LONGEST.get(run.task, 128)
-
-
-def load_run_task(run: RunSettings, data_dir: str | None = None) -> TaskData:
-    """The data that a run's settings name."""
-    return load_task(
-        run.task,
-        data_dir or run.data_dir,
-        run.text_columns or None,
-        run.label_column,
-        max_train_samples=run.max_train_samples,
-        max_eval_samples=run.max_eval_samples,
-    )
 
 
 class Run:
@@ -84,6 +42,9 @@ class Run:
         config: resolved settings.
         folder: where it goes; made new, or with `resume` an interrupted run's.
         resume: go on from what the folder holds.
+
+    Raises:
+        UserError: anything wrong with settings, model, data or folder; nothing has been written then.
     """
 
     def __init__(self, config: Config, folder: RunFolder, *, resume: bool = False) -> None:
@@ -93,6 +54,9 @@ class Run:
         run = config.run
         if run.method not in METHODS:
             raise unknown("method", run.method, METHODS)
+        config.check()
+        if not resume:
+            distributed.once(folder.check_free)
         self.precision = resolve_precision(run.precision)
         self.device = device()
         self.seed = int(config.trainer.get("seed", 42))
@@ -100,23 +64,26 @@ class Run:
         self._load_model()
         self._encode()
         self.method = self._build_method()
+        self.phases = self.method.phases()
+        for index, phase in enumerate(self.phases):
+            self._arguments(index, phase)
         # What was left open is written down as it was decided, so that the file alone repeats the run.
         config.run = dataclasses.replace(
             run,
-            sparsity=self.method.context.sparsity,
+            sparsity=self.method.context.sparsity if self.method.sparsifies else None,
             precision=self.precision,
             head=self.model.head_kind,
-            max_length=max_length(run),
+            max_length=self.length,
         )
         self._preparing = time.monotonic() - self.started
-        if not resume and distributed.is_main():
-            folder.create(config.as_dict())
-        distributed.barrier()
+        inputs = {"model": self.fingerprint, "data": self.data.fingerprint, "ranks": distributed.world_size()}
+        distributed.once(lambda: folder.check_inputs(inputs) if resume else folder.create(config.as_dict(), inputs))
 
     def _load_model(self) -> None:
         run, spec = self.config.run, self.data.spec
         self.model_source = str(demo_model_path()) if run.model == "demo" else run.model
         base, self.tokenizer = load_base(self.model_source)
+        choose_attention(base, compute_dtype(self.precision))
         self.fingerprint = model_fingerprint(base)
         self.label_ids = label_ids(spec, base_label_map(base)) if spec.kind == "classification" else {}
         names = tuple(sorted(self.label_ids, key=self.label_ids.__getitem__))
@@ -124,19 +91,29 @@ class Run:
         self.model = TaskModel(
             base, spec.kind, spec.num_labels, head=head, pooling=run.pooling, seed=self.seed, label_names=names
         )
+        longest = max_tokens(base)
+        if run.max_length is not None and run.max_length > longest:
+            raise UserError(f"max_length: the model takes at most {longest} tokens, got {run.max_length}")
+        self.length = min(max_length(run), longest)
 
     def _encode(self) -> None:
-        spec, length = self.data.spec, max_length(self.config.run)
-        train = self.data.train
+        spec, train = self.data.spec, self.data.train
         self.held_out: Encoded | None = None
+        best = self.config.trainer.get("metric_for_best_model")
+        watched = ["loss", *(() if spec.kind == "span" else spec.metrics)]
+        if best is not None and best.removeprefix("eval_") not in watched:
+            raise unknown("metric_for_best_model", best, watched)
         if self.config.trainer.get("eval_strategy", "no") != "no":
             # What is watched while training is a slice of train: validation is only for the score at the end.
             train, held_out = hold_out(train, spec)
-            self.held_out = encode(
-                held_out, spec, self.tokenizer, length, training=spec.kind == "span", label_ids=self.label_ids
-            )
-        self.train_set = encode(train, spec, self.tokenizer, length, training=True, label_ids=self.label_ids)
+            self.held_out = self._encoded(held_out, training=spec.kind == "span")
+        self.train_set = self._encoded(train, training=True)
         self.collator = Collator(self.tokenizer)
+
+    def _encoded(self, dataset: Any, *, training: bool) -> Encoded:
+        return encode(
+            dataset, self.data.spec, self.tokenizer, self.length, training=training, label_ids=self.label_ids
+        )
 
     def _build_method(self) -> Method:
         run = self.config.run
@@ -160,6 +137,9 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Runs all phases that are not finished yet, saves the model, scores it, writes result.json.
 
+        Returns:
+            What result.json holds, on the main rank; nothing on the others.
+
         Raises:
             Interrupted: a signal came; where the run is has been saved.
             UserError: a loss that is not finite, a full disk.
@@ -169,114 +149,98 @@ class Run:
         notes: list[dict[str, Any]] = []
         try:
             with guard_disk(self.folder.root):
-                for index, phase in enumerate(self.method.phases()):
+                for index, phase in enumerate(self.phases):
                     notes.append(self._run_phase(index, phase, interrupt))
-                result = self._finish(notes) if distributed.is_main() else {}
+                result = self._finish(notes, interrupt) if distributed.is_main() else {}
         finally:
             interrupt.remove()
         distributed.barrier()
         return result
 
     def _run_phase(self, index: int, phase: Phase, interrupt: InterruptCallback) -> dict[str, Any]:
-        state, notes_file = self.folder.phase_state(index, phase.name), self.folder.phase_notes(index, phase.name)
+        module, state = self.method.module, self.folder.phase_state(index, phase.name)
+        notes = distributed.share(self.folder.phase_notes(index, phase.name))
         phase.start()
-        if notes_file.exists():
-            self.method.module.load_state_dict(load_file(state, device=str(self.device)))
+        if notes:
+            module.load_state_dict(load_file(state, device=str(self.device)))
             phase.loaded()
-            return json.loads(notes_file.read_text(encoding="utf-8"))
-        begun = time.monotonic()
-        steps = self._train(index, phase, interrupt)
-        phase.finish()
-        phase.loaded()
-        notes: dict[str, Any] = {"phase": phase.name, "steps": steps, "train_seconds": time.monotonic() - begun}
-        if phase.report is not None and distributed.is_main():
-            notes["report"] = phase.report
-            notes["metrics"] = self._score(self.method.module.model)
-        notes["seconds"] = time.monotonic() - begun
-        if distributed.is_main():
-            temporary = state.with_suffix(".tmp")
-            save_file(self.method.module.state_dict(), temporary)
-            temporary.replace(state)
-            write_text(notes_file, json.dumps(notes))
+        else:
+            interrupt.check(f"before phase {phase.name}")
+            notes = self._train(index, phase, interrupt)
+            phase.finish()
+            phase.loaded()
+            if distributed.is_main():
+                temporary = state.with_suffix(".tmp")
+                save_file(module.state_dict(), temporary)
+                put_in_place(temporary, state)
+                self.folder.write_notes(index, phase.name, notes)
+        if phase.report is not None and distributed.is_main() and "metrics" not in notes:
+            begun = time.monotonic()
+            encoded = encode_validation(self.data, self.tokenizer, self.config.run, self.label_ids)
+            metrics = score_sets(
+                module.model, encoded, self.data, self.tokenizer, self.config, self.precision,
+                lambda: interrupt.check_alone(f"while scoring phase {phase.name}"),
+            )  # fmt: skip
+            notes |= {"report": phase.report, "metrics": metrics, "score_seconds": time.monotonic() - begun}
+            self.folder.write_notes(index, phase.name, notes)
         distributed.barrier()
         return notes
 
-    def _train(self, index: int, phase: Phase, interrupt: InterruptCallback) -> int:
-        checkpoints = self.folder.phase_folder(index, phase.name)
-        checkpoint = last_checkpoint(checkpoints) if distributed.is_main() else None
-        checkpoint = distributed.share(checkpoint)
-        arguments = self._arguments(phase, checkpoints)
-        progress = ProgressCallback(phase.name)
-        trainer = self._trainer(phase, arguments, [interrupt, progress])
-        if checkpoint is not None and distributed.is_main():
-            self.folder.truncate_metrics(phase.name, int(checkpoint.name.removeprefix("checkpoint-")))
-        hook = self.method.module.register_forward_hook(FiniteLoss(phase.name))
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            progress.close()
-            hook.remove()
-        if interrupt.stopped_at is not None:
-            raise Interrupted(interrupt.received, interrupt.stopped_at)
-        return int(trainer.state.global_step)
+    def _train(self, index: int, phase: Phase, interrupt: InterruptCallback) -> dict[str, Any]:
+        """Trains a started phase from its newest checkpoint, if there is one, to its end; returns its notes."""
+        folder, module = self.folder.phase_folder(index, phase.name), self.method.module
+        arguments = self._arguments(index, phase)
+        freeze_unused(self.model)
+        optimizer = build_optimizer(phase, arguments)
+        checkpoint = distributed.once(lambda: self._resume_point(folder, phase))
+        saved = checkpoint.read() if checkpoint is not None else None
+        losses, turns, progress = LossCallback(phase.name), PhaseCallback(phase), ProgressCallback(phase.name)
+        saves = CheckpointCallback(turns, losses, saved["seconds"] if saved else 0.0)
+        if saved is not None:
+            losses.restore(saved["losses"][distributed.rank()])
+            arguments.eval_on_start = False
+        if checkpoint is not None and saved is not None and saved["ended"]:
+            # Trainer would take one step more.
+            weights = checkpoint.best() if arguments.load_best_model_at_end else checkpoint.weights
+            module.load_state_dict(load_file(weights, device=str(self.device)))
+            steps = checkpoint.step
+        else:
+            trainer = build_trainer(
+                phase, arguments, optimizer,
+                train=self.train_set, held_out=self.held_out, collator=self.collator, spec=self.data.spec,
+                reports=self.folder.reports, first=[losses, LogCallback(self.folder, phase)],
+                callbacks=[turns, interrupt, progress, saves],
+            )  # fmt: skip
+            hook = losses.watch(module)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            finally:
+                progress.close()
+                hook.remove()
+            steps = int(trainer.state.global_step)
+            if interrupt.stopped_at is not None:
+                raise Interrupted(interrupt.received, f"after step {steps} of phase {phase.name}")
+        check_weights(phase.name, module.model, steps)
+        loss = losses.mean()
+        if distributed.is_main():
+            self.folder.phase_summary(phase.name, steps, loss, saves.seconds)
+        return {"phase": phase.name, "steps": steps, "train_loss": loss, "train_seconds": saves.seconds}
 
-    def _arguments(self, phase: Phase, checkpoints: Path) -> TrainingArguments:
-        given = {**self.config.trainer, **phase.training()}
-        given.setdefault("train_sampling_strategy", "sequential")
-        if given.get("save_total_limit") is not None:
-            given["save_total_limit"] = max(2, given["save_total_limit"])  # the last good one outlives the next save
-        fixed = {
-            "output_dir": str(checkpoints),
-            "bf16": self.precision == "bf16",
-            "fp16": self.precision == "fp16",
-            "use_cpu": self.device.type == "cpu",
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "logging_nan_inf_filter": False,
-            "dataloader_pin_memory": self.device.type == "cuda",
-            "ddp_find_unused_parameters": False,
-            "ddp_broadcast_buffers": False,
-            "label_names": ["start_positions", "end_positions"] if self.model.kind == "span" else ["labels"],
-        }
-        try:
-            return TrainingArguments(**{**given, **fixed})
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(f"training arguments: {error}") from error
+    def _resume_point(self, folder: Path, phase: Phase) -> Checkpoint | None:
+        checkpoint = last_checkpoint(folder)
+        self.folder.truncate_metrics(phase.name, checkpoint.step if checkpoint is not None else -1)
+        return checkpoint
 
-    def _trainer(self, phase: Phase, arguments: TrainingArguments, callbacks: list[Any]) -> Trainer:
-        cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        groups = phase.parameter_groups(arguments.learning_rate)
-        for group in groups:
-            group.setdefault("weight_decay", arguments.weight_decay)
-        options.pop("lr", None)
-        optimizer = cls([group for group in groups if group["params"]], lr=arguments.learning_rate, **options)
-        train: Any = self.train_set
-        if arguments.train_sampling_strategy == "sequential":
-            ranks = distributed.world_size()
-            train = LengthGrouped(self.train_set, arguments.per_device_train_batch_size * ranks, self.seed)
-        spec = self.data.spec
-        trainer = Trainer(
-            model=self.method.module,
-            args=arguments,
-            data_collator=self.collator,
-            train_dataset=train,
-            eval_dataset=self.held_out,
-            compute_metrics=None
-            if spec.kind == "span"
-            else lambda given: compute_metrics(spec, given.predictions, given.label_ids),
-            optimizers=(optimizer, None),
-            callbacks=[PhaseCallback(phase), *callbacks, CheckpointCallback()],
+    def _arguments(self, index: int, phase: Phase) -> TrainingArguments:
+        return training_arguments(
+            {**self.config.trainer, **phase.training()},
+            self.folder.phase_folder(index, phase.name),
+            precision=self.precision,
+            device=self.device,
+            kind=self.model.kind,
         )
-        trainer.remove_callback(PrinterCallback)
-        # First in line, so that TensorBoard and W&B see the method's numbers too.
-        trainer.callback_handler.callbacks.insert(0, LogCallback(self.folder, phase))
-        return trainer
 
-    def _score(self, model: TaskModel) -> dict[str, float]:
-        encoded = encode_validation(self.data, self.tokenizer, self.config.run, self.label_ids)
-        return score_sets(model, encoded, self.data, self.tokenizer, self.config, self.precision)
-
-    def _finish(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
+    def _finish(self, notes: list[dict[str, Any]], interrupt: InterruptCallback) -> dict[str, Any]:
         begun = time.monotonic()
         run, data = self.config.run, self.data
         masks = {name: mask.cpu() for name, mask in self.method.finish().items()}
@@ -285,20 +249,25 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         save_model(self.folder.model, self.model, self.tokenizer, masks=masks, pattern=run.pattern, info=info)
         # The score is the saved files' own: what `sparsebert.evaluate` will read.
-        metrics = evaluate_saved(self.folder, self.config, data)
+        metrics = evaluate_saved(
+            self.folder, self.config, data, lambda: interrupt.check_alone("while scoring; training is finished")
+        )
+        sparsifies = self.method.sparsifies
+        spent = sum(note["train_seconds"] + note.get("score_seconds", 0.0) for note in notes)
         result = {
             "method": run.method,
             "task": data.spec.name,
-            "pattern": run.pattern if self.method.sparsifies else None,
+            "pattern": run.pattern if sparsifies else None,
             "metric": data.spec.metric,
             "score": metrics[data.spec.metric],
             "metrics": metrics,
             **{note["report"]: note["metrics"] for note in notes if "report" in note},
-            "sparsity": {**report, "target": run.sparsity if self.method.sparsifies else 0.0},
+            "sparsity": {**report, "target": run.sparsity if sparsifies else 0.0},
             "seed": self.seed,
-            "seconds": round(sum(n["seconds"] for n in notes) + self._preparing + time.monotonic() - begun, 1),
-            "phases": [{k: note[k] for k in ("phase", "steps", "train_seconds")} for note in notes],
+            "seconds": round(spent + self._preparing + time.monotonic() - begun, 1),
+            "phases": [{k: note[k] for k in ("phase", "steps", "train_loss", "train_seconds")} for note in notes],
             "precision": self.precision,
+            "ranks": distributed.world_size(),
             "model": {"source": run.model, "sha256": self.fingerprint},
             "data": {"rows": {"train": len(data.train), "validation": len(data.validation)}, **data.fingerprint},
             "note": data.note,
@@ -308,41 +277,3 @@ class Run:
         write_text(self.folder.result, json.dumps(result, indent=2) + "\n")
         self.folder.clear()
         return result
-
-
-def encode_validation(data: TaskData, tokenizer: Any, run: RunSettings, ids: dict[str, int]) -> dict[str, Encoded]:
-    """The validation sets, encoded: the main one under "", others under their names."""
-    sets = {"": data.validation, **data.extra_validation}
-    return {
-        name: encode(dataset, data.spec, tokenizer, max_length(run), training=False, label_ids=ids)
-        for name, dataset in sets.items()
-    }
-
-
-def score_sets(
-    model: TaskModel, sets: dict[str, Encoded], data: TaskData, tokenizer: Any, config: Config, precision: str
-) -> dict[str, float]:
-    """Metrics of a model on every validation set; those of further sets end in their name."""
-    metrics: dict[str, float] = {}
-    where = device()
-    model.to(where)
-    for name, encoded in sets.items():
-        outputs = predict(
-            model,
-            encoded,
-            Collator(tokenizer),
-            batch_size=int(config.trainer.get("per_device_eval_batch_size", 64)),
-            dtype=compute_dtype(precision),
-            device=where,
-        )
-        metrics |= {key + (f"_{name}" if name else ""): value for key, value in score(outputs, encoded, data.spec).items()}
-    return metrics
-
-
-def evaluate_saved(folder: RunFolder, config: Config, data: TaskData | None = None) -> dict[str, float]:
-    """Loads a run's saved model and scores it on its task's validation set, in the run's precision."""
-    model, tokenizer, _, _ = load_model(folder.model)
-    data = data or load_run_task(config.run)
-    ids = {name: index for index, name in enumerate(model.label_names)}
-    encoded = encode_validation(data, tokenizer, config.run, ids)
-    return score_sets(model, encoded, data, tokenizer, config, resolve_precision(config.run.precision))

@@ -1,0 +1,1 @@
+"""One step of Adapting by Pruning against a dense fine-tuning step and against the eager way of masking."""

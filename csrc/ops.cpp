@@ -1,0 +1,20 @@
+// Every compiled op's schema, in one place. The bodies are in cpu/<op>.cpp and cuda/<op>.cu; fakes and autograd
+// formulas are registered in Python (sparsebert/ops/<op>.py), whose reference has the same schema.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(sparsebert, m) {
+  m.def("select_mask(Tensor[] scores, int num_pruned, Tensor[] weights, Tensor(a!)[] bits, Tensor(b!)[] out) -> ()");
+  m.def("threshold_mask(Tensor[] scores, float threshold, Tensor[] weights, Tensor(a!)[] bits, Tensor(b!)[] out) -> ()");
+  m.def("nm_mask(Tensor scores, int n, int m, float? threshold) -> Tensor");
+  m.def("masked_weight(Tensor weight, Tensor bits, int[] grid, Tensor(a!) out) -> ()");
+  m.def(
+      "masked_linear(Tensor x, Tensor weight, Tensor masked_weight, Tensor? scores, Tensor? bits, Tensor? bias, "
+      "int[] grid) -> Tensor");
+  m.def(
+      "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor masked_weight, Tensor? bits, int[] grid, "
+      "bool need_x, bool need_scores, bool need_weight) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "split_weight_grad(Tensor product, Tensor weight, Tensor? bits, int[] grid, bool need_scores, "
+      "bool need_weight) -> (Tensor, Tensor)");
+}
