@@ -28,6 +28,11 @@ def load_build() -> Any:
     return module
 
 
+def say(message: str) -> None:
+    """One line that `pip install -v` shows; pip keeps it to itself otherwise."""
+    print(f"sparsebert: {message}", file=sys.stderr)
+
+
 class BuildBinaries(build_ext):
     """Runs the project's own ninja build instead of one compiler call per extension."""
 
@@ -36,18 +41,21 @@ class BuildBinaries(build_ext):
         in_tree = self.inplace or getattr(self, "editable_mode", False)
         self._folder = ROOT / "sparsebert" if in_tree else Path(self.build_lib).resolve() / "sparsebert"
         self._files: list[str] = []
+        if not in_tree:
+            # A build folder left from an earlier version must not lend its binaries to this wheel.
+            for stale in (*self._folder.glob("*.so"), self._folder / builder.RECORD):
+                stale.unlink(missing_ok=True)
         try:
             result = builder.build(self._folder, Path(self.build_temp).resolve() / "ninja")
         except builder.BuildError as error:
-            self.announce(
-                f"sparsebert: installing without compiled kernels: {error}. They are built at first use if they then "
-                "can be; `python -m sparsebert.info` says what is there.",
-                level=3,
+            say(
+                f"installing without compiled kernels: {error}. They are built at first use if they then can be; "
+                "`python -m sparsebert.info` says what is there."
             )
             return
         self._files = [*result.files, builder.RECORD]
         for name, reason in result.failed.items():
-            self.announce(f"sparsebert: without {name}: {reason}", level=3)
+            say(f"without {name}: {reason}")
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "sparsebert"

@@ -34,7 +34,9 @@ def _run(argv: Sequence[str]) -> int:
     parser = _Parser(prog="python -m sparsebert.evaluate", description="Load a saved run and score it again.")
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--data-dir", help="where the data are now, if they have moved")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="another precision than the run's")
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16", "fp16"], help="another precision than the run's"
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     given = parser.parse_args(argv)
 
@@ -91,7 +93,9 @@ def _comparison(metrics: dict[str, float], saved: dict[str, Any] | None, data: T
     # As text: a metric that is not a number is the same as itself.
     if json.dumps(metrics, sort_keys=True) == json.dumps(saved["metrics"], sort_keys=True):
         return "the same to the last digit"
-    changed = [split for split in data.fingerprint if split != "train" and data.fingerprint[split] != saved["data"].get(split)]
+    changed = [
+        split for split in data.fingerprint if split != "train" and data.fingerprint[split] != saved["data"].get(split)
+    ]
     because = f" (other data: {', '.join(changed)})" if changed else ""
     return f"differs{because}: {saved['metrics']}"
 

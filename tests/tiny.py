@@ -156,7 +156,9 @@ class Outcome:
         """Fails unless exactly what the masks prune is +0.0 in the saved weights."""
         for name, mask in self.masks.items():
             weight = self.after[f"{name}.weight"]
-            assert torch.equal(weight.view(torch.int32)[~mask], torch.zeros_like(weight, dtype=torch.int32)[~mask]), name
+            assert torch.equal(weight.view(torch.int32)[~mask], torch.zeros_like(weight, dtype=torch.int32)[~mask]), (
+                name
+            )
             assert bool((weight[mask] != 0).all()), name
 
     def check_survivors(self) -> None:

@@ -1,5 +1,7 @@
 #include "gemm.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <array>
 #include <cstring>
 #include <string>
@@ -10,13 +12,11 @@ namespace sparsebert {
 namespace {
 
 // torch sends fp32 products to MKL, which on AMD reaches less than half of the machine where oneDNN (part of the same
-// torch) reaches most of it; elsewhere MKL is the better one. bf16 products are oneDNN's in torch already, where AVX-512
-// is; asking it directly spares the pass that adds the bias.
-bool prefers_onednn(const Tensor& a, bool bias) {
+// torch) reaches most of it; elsewhere MKL is the better one. bf16 products are oneDNN's in torch already.
+bool prefers_onednn(const Tensor& a) {
   constexpr int64_t kFew = 4;  // next to a matrix-vector product memory is the bound; the leaner call wins
   if (a.size(0) < kFew || a.size(1) < kFew) return false;
-  if (a.scalar_type() == ScalarType::Float) return has(Isa::avx2) && std::strcmp(cpu().vendor, "AuthenticAMD") == 0;
-  return bias && a.scalar_type() == ScalarType::BFloat16 && has(Isa::avx512);
+  return a.scalar_type() == ScalarType::Float && has(Isa::avx2) && std::strcmp(cpu().vendor, "AuthenticAMD") == 0;
 }
 
 Tensor onednn_linear(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
@@ -29,31 +29,21 @@ Tensor onednn_linear(const Tensor& a, const Tensor& b, const std::optional<Tenso
 }
 
 Tensor aten_linear(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
-  Tensor out = empty({a.size(0), b.size(0)}, a.scalar_type());
-  // The `out` form, which autocast leaves alone.
-  std::array<StableIValue, 3> stack{from(a), from(torch::stable::transpose(b, 0, 1)), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  const Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
-  if (!bias || result.numel() == 0) return result;
-  check_contiguous(*bias, "bias");
-  const RowKernels& kernels = row_kernels(active_isa());
-  const int64_t cols = result.size(1);
-  const Dtype bias_dtype = dtype_of(*bias, "bias"), dtype = dtype_of(result, "x");
-  const void* addend = bias->const_data_ptr();
-  char* first = static_cast<char*>(result.mutable_data_ptr());
-  torch::stable::parallel_for(0, result.size(0), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      kernels.add(bias_dtype, addend, dtype, first + row * cols * size_of(dtype), cols);
-    }
-  });
-  return result;
+  // The `out` forms, which autocast leaves alone; with a bias the one that adds before it rounds.
+  const Tensor out = empty({a.size(0), b.size(0)}, a.scalar_type());
+  const Tensor columns = torch::stable::transpose(b, 0, 1);
+  if (bias) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), columns.get(), 1.0, 1.0));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), columns.get()));
+  }
+  return out;
 }
 
 }  // namespace
 
 Tensor matmul_t(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
-  return prefers_onednn(a, bias.has_value()) ? onednn_linear(a, b, bias) : aten_linear(a, b, bias);
+  return prefers_onednn(a) ? onednn_linear(a, b, bias) : aten_linear(a, b, bias);
 }
 
 }  // namespace sparsebert

@@ -21,8 +21,6 @@ struct RowKernels {
   void (*multiply)(Dtype p_dtype, const void* product, Dtype w_dtype, const void* weight, float* out, int64_t n);
   // sum[i] += product[i] * weight[i]
   void (*accumulate)(Dtype p_dtype, const void* product, Dtype w_dtype, const void* weight, float* sum, int64_t n);
-  // out[i] += bias[i], converted to out's dtype after an fp32 sum.
-  void (*add)(Dtype b_dtype, const void* bias, Dtype out_dtype, void* out, int64_t n);
 };
 
 const RowKernels& row_kernels(Isa isa);

@@ -44,7 +44,7 @@ _LOOK_UP_EVERY = 10
 class Settings:
     """Settings of Adapting by Pruning."""
 
-    score_learning_rate: float = 5e-5
+    score_learning_rate: float = 1e-4
     """Highest step of a score; the schedule is Trainer's (2e-5 in the paper, without Adam)."""
     init: Literal["magnitude", "normal"] = "magnitude"
     """First scores: `magnitude`, |W| over its mean in the matrix, times `init_mean`; or `normal`, `init_mean` alone

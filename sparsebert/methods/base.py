@@ -45,6 +45,7 @@ class TrainingModule(nn.Module):
         masks: the masks over the base, or None for a dense method.
     """
 
+    memory: Tensor
     accepts_loss_kwargs = False  # Trainer would otherwise pass `num_items_in_batch`
 
     def __init__(self, model: TaskModel, masks: Masks | None = None) -> None:
@@ -191,6 +192,7 @@ def describe(settings: type) -> dict[str, str]:
     """Field name to the docstring under it, for flags' help; inherited fields included, "" where there is none."""
     import ast
     import inspect
+    import itertools
     import textwrap
 
     notes: dict[str, str] = {}
@@ -200,7 +202,7 @@ def describe(settings: type) -> dict[str, str]:
         except (OSError, TypeError):  # written at a prompt: there is no source to read
             continue
         body = tree.body if isinstance(tree, ast.ClassDef) else []
-        for pair in zip(body, body[1:], strict=False):
+        for pair in itertools.pairwise(body):
             match pair:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     notes[name] = " ".join(text.split())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sparsebert.methods import one_shot
 from sparsebert.methods.base import Phase, check_setting
-from sparsebert.methods.one_shot import Resettable, ResetPhase
+from sparsebert.methods.one_shot import ResetPhase, Resettable
 from sparsebert.methods.phases import WeightsPhase
 
 __all__ = ["GradualMagnitude", "cubic_sparsity"]
@@ -68,7 +68,9 @@ class GradualMagnitude(Resettable):
         settings = self.settings
         start, end = settings.prune_from, settings.prune_until
         check_setting("prune_from", start, 0.0 <= start < 1.0, "a share of the steps, at least 0 and below 1")
-        check_setting("prune_until", end, start < end <= 1.0, f"a share of the steps above prune_from {start:g}, at most 1")
+        check_setting(
+            "prune_until", end, start < end <= 1.0, f"a share of the steps above prune_from {start:g}, at most 1"
+        )
         initial, target = settings.initial_sparsity, self.context.sparsity
         check_setting("initial_sparsity", initial, 0.0 <= initial <= target, f"0 to the target sparsity {target:g}")
         check_setting("prunings", settings.prunings, settings.prunings >= 1, "at least 1")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sparsebert.methods import one_shot
 from sparsebert.methods.base import Phase, check_setting
-from sparsebert.methods.one_shot import Resettable, ResetPhase
+from sparsebert.methods.one_shot import ResetPhase, Resettable
 from sparsebert.methods.phases import WeightsPhase
 
 __all__ = ["IterativeMagnitude", "rounds_to"]

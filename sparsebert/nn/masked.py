@@ -20,11 +20,11 @@ class _Masked(nn.Module):
     so that it appears once among the parameters.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     masked_weight: Tensor
     bits: Tensor
 
-    def _setup(self, weight: nn.Parameter, bits: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> None:
+    def _setup(self, weight: Tensor, bits: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> None:
         self.weight = weight
         self.grid = grid
         self._score: list[Tensor] = []
@@ -98,21 +98,17 @@ class MaskedEmbedding(_Masked):
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids of any shape to `[..., width]`, in the weight's dtype as `nn.Embedding` gives it."""
         bits = self.bits if self.weight.requires_grad else None
-        out = masked_embedding(
-            ids, self.weight, self.masked_weight, self.score, bits, self.padding_idx, grid=self.grid
-        )
+        out = masked_embedding(ids, self.weight, self.masked_weight, self.score, bits, self.padding_idx, grid=self.grid)
         return out.to(self.weight.dtype)
 
     def plain(self) -> nn.Embedding:
         """An `nn.Embedding` with the same weight; pruned weights are set to zero in place."""
-        embedding = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=_zeroed(self).data
-        )
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=_zeroed(self).data)
         embedding.weight = self.weight
         return embedding.train(self.training)
 
 
 @torch.no_grad()
-def _zeroed(module: _Masked) -> nn.Parameter:
+def _zeroed(module: _Masked) -> Tensor:
     module.weight.copy_(masked_weight(module.weight, module.bits, module.grid))
     return module.weight

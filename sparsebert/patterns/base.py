@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from sparsebert.errors import UserError, unknown
@@ -123,6 +122,4 @@ class GridPattern(Pattern):
 
 def single_views(matrices: Sequence[Matrix], grids: Sequence[tuple[int, int]]) -> list[ScoreGroup]:
     """One score group for each matrix."""
-    return [
-        ScoreGroup(matrix.name, grid, (View(matrix, grid),)) for matrix, grid in zip(matrices, grids, strict=True)
-    ]
+    return [ScoreGroup(matrix.name, grid, (View(matrix, grid),)) for matrix, grid in zip(matrices, grids, strict=True)]

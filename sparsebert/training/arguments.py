@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -53,7 +54,7 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
-def parse_arguments(argv: list[str]) -> tuple[Config, Path | None, bool]:
+def parse_arguments(argv: Sequence[str]) -> tuple[Config, Path | None, bool]:
     """Reads the command line, and the configuration file it names.
 
     Later beats earlier: Trainer's defaults, the method's, `--config`, flags.
@@ -78,7 +79,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path | None, bool]:
     parser = _parser([RunSettings, _with_help(method.Settings), TrainingArguments])
     given, strange = parser.parse_known_args(argv)
     if strange:
-        raise _strange(strange[0], parser)
+        raise _strange(strange[0], method, parser)
     flags = vars(given)
     if "resume" in flags and len(flags) > 1:
         extra = sorted(set(flags) - {"resume"})[0].replace("_", "-")
@@ -95,7 +96,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path | None, bool]:
     return config, Path(where).expanduser() if where else None, "resume" in flags
 
 
-def _parser(types: list[type]) -> _Parser:
+def _parser(types: list[Any]) -> _Parser:
     lines = "\n".join(f"  {name:20} {method.summary}" for name, method in METHODS.items())
     parser = _Parser(
         types,
@@ -149,18 +150,27 @@ def _plain(note: str) -> str:
     return note[:1].lower() + note[1:]
 
 
-def _strange(word: str, parser: argparse.ArgumentParser) -> UserError:
+def _strange(word: str, method: type[Method], parser: argparse.ArgumentParser) -> UserError:
+    flag = word.split("=")[0].replace("_", "-")
+    owners = [name for name, other in METHODS.items() if flag in _flags(other.Settings)]
+    if owners:
+        return UserError(f"{flag}: is a setting of {', '.join(owners)}, and method {method.name} has none of that name")
     known = [option for action in parser._actions for option in action.option_strings if "_" not in option]
-    near = difflib.get_close_matches(word.split("=")[0].replace("_", "-"), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     return UserError(f"unknown argument {word!r}{hint} (--help lists them)")
 
 
+def _flags(settings: type) -> set[str]:
+    names = {field.name.replace("_", "-") for field in dataclasses.fields(settings)}
+    return {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
+
+
 def _stored(early: argparse.Namespace) -> dict[str, Any]:
     """The configuration that `--config` or `--resume` names, as plain data."""
-    source = getattr(early, "config", None)
+    source: str | None = getattr(early, "config", None)
     if getattr(early, "resume", None):
-        source = str(Path(early.resume) / "config.yaml")
+        source = str(Path(early.resume).expanduser() / "config.yaml")
         if not Path(source).is_file():
             raise UserError(f"resume {early.resume}: holds no run (no config.yaml there)")
     if source is None:
@@ -189,19 +199,20 @@ def _resolve(method: type[Method], stored: dict[str, dict[str, Any]], flags: dic
     }
     was = stored.get("run", {}).get("method", RunSettings.method)
     for section, values in stored.items():
-        # A stored method other than the one asked for now: its own settings say nothing here.
+        # A stored method other than the one asked for now: its own settings, and its defaults, say nothing here.
         if section == "settings" and was != method.name:
             continue
         for key, value in values.items():
             if key not in names[section]:
                 raise _not_stored(section, key, names[section])
-            sections[section][key] = value
+            if was == method.name or not _is_default(was, key, value):
+                sections[section][key] = value
     for key, value in flags.items():
         if key in OWNED or key in REFUSED:
             raise UserError(f"--{key.replace('_', '-')}: {_refusal(key)}")
-        section = next((section for section, known in names.items() if key in known), None)
-        if section is not None:
-            sections[section][key] = value
+        for place, known in names.items():
+            if key in known:
+                sections[place][key] = value
     sections["run"]["method"] = method.name
     values = {section: typed(cls, sections[section]) for section, cls in types.items()}
     for key in ("data_dir", "model"):
@@ -210,6 +221,11 @@ def _resolve(method: type[Method], stored: dict[str, dict[str, Any]], flags: dic
         if value and (key, value) != ("model", RunSettings.model) and Path(value).expanduser().exists():
             values["run"][key] = str(Path(value).expanduser().resolve())
     return Config(RunSettings(**values["run"]), method.Settings(**values["settings"]), values["trainer"])
+
+
+def _is_default(method: object, key: str, value: Any) -> bool:
+    defaults = METHODS[method].defaults if isinstance(method, str) and method in METHODS else {}
+    return key in defaults and defaults[key] == value
 
 
 def _not_stored(section: str, key: str, known: set[str]) -> UserError:

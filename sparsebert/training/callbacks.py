@@ -33,9 +33,7 @@ class PhaseCallback(TrainerCallback):
     ) -> None:
         self.phase.before_step(state.global_step + 1, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.ended = self.phase.after_step(state.global_step, state.max_steps) or state.global_step >= state.max_steps
         if self.ended:
             control.should_training_stop = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,5 +28,6 @@ def run_command(action: Callable[[Sequence[str]], int], argv: Sequence[str] | No
         print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped before there was anything to save", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("stopped before there was anything to save", file=sys.stderr)
         return CTRL_C

@@ -79,6 +79,7 @@ _AT_LEAST: dict[str, tuple[float, bool]] = {
     "logging_steps": (0, False),
     "save_steps": (0, False),
     "eval_steps": (0, False),
+    "eval_accumulation_steps": (1, True),
     "save_total_limit": (1, True),
     "seed": (0, True),
     "data_seed": (0, True),
@@ -103,6 +104,8 @@ def check_trainer(values: Mapping[str, Any]) -> None:
     for name in ("seed", "data_seed"):
         if (values.get(name) or 0) > _HIGHEST_SEED:
             raise UserError(f"{name}: expected at most {_HIGHEST_SEED}, got {values[name]}")
+    if values.get("load_best_model_at_end") and values.get("eval_strategy", "no") == "no":
+        raise UserError("load_best_model_at_end: nothing is watched; add --eval-strategy steps or epoch")
 
 
 def typed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,16 @@ from sparsebert.errors import UserError
 __all__ = ["guard_disk"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+_REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO)
 
 
 @contextmanager
-def guard_disk(folder: Path) -> Iterator[None]:
+def guard_disk(folder: Path, *, new: bool = False) -> Iterator[None]:
     """Turns a full disk, or a folder that cannot be written, into an error that says what to do.
+
+    Args:
+        folder: of the run.
+        new: it is only being made, so that whatever the system refuses is about its name or place.
 
     Raises:
         UserError: in place of such an error; every other one passes.
@@ -27,7 +32,7 @@ def guard_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _reason(error, folder)
+        reason = _reason(error, folder, new)
         if reason is None:
             raise
         advice = (
@@ -38,20 +43,25 @@ def guard_disk(folder: Path) -> Iterator[None]:
         raise UserError(f"output {folder}: {reason}; {advice}") from error
 
 
-def _reason(error: Exception, folder: Path) -> str | None:
+def _reason(error: Exception, folder: Path, new: bool) -> str | None:
     seen: BaseException | None = error
     explained = isinstance(error, UserError)
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FULL:
             return "no space left on the disk"
-        if isinstance(seen, OSError) and seen.errno in _REFUSED and not explained:
+        if isinstance(seen, OSError) and (new or seen.errno in _REFUSED) and not explained:
             return f"cannot be written ({seen.strerror})"
-        text = str(seen)
-        if "No space left" in text or "os error 28" in text:
+        if "No space left" in str(seen) or "os error 28" in str(seen):
             return "no space left on the disk"
-        if "PytorchStreamWriter failed" in text or "unexpected pos" in text:
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if isinstance(seen, RuntimeError) and _in_torch_save(seen):
+            existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
             free = shutil.disk_usage(existing).free
-            return f"writing a checkpoint failed with {free / 2**20:.0f} MiB free on the disk"
+            return f"writing a checkpoint failed, {free / 2**20:.1f} MiB are free on the disk"
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _in_torch_save(error: RuntimeError) -> bool:
+    """torch.save does not pass on what the system said: a full disk is "unexpected pos", "iostream error", and more."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == "torch.serialization" for frame in frames)

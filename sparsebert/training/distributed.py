@@ -1,4 +1,4 @@
-"""The little that runs over several ranks need beside Trainer: who writes, waiting for each other, one answer for all."""
+"""The little that several ranks need beside Trainer: who writes, waiting for each other, one answer for all."""
 
 from __future__ import annotations
 

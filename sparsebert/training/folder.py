@@ -63,7 +63,7 @@ class RunFolder:
 
     def check_free(self) -> None:
         """A `UserError` if the folder holds a run or other files already, or cannot be a folder."""
-        with guard_disk(self.root):
+        with guard_disk(self.root, new=True):
             if self.config.exists():
                 raise UserError(
                     f"output {self.root}: already holds a run; choose another --output, "
@@ -83,7 +83,7 @@ class RunFolder:
             UserError: the folder holds a run or other files already, or cannot be made.
         """
         self.check_free()
-        with guard_disk(self.root):
+        with guard_disk(self.root, new=True):
             self.state.mkdir(parents=True)
             try:
                 self.checkpoints.mkdir()

@@ -15,7 +15,7 @@ from sparsebert.training import distributed
 
 __all__ = ["InterruptCallback", "Interrupted"]
 
-_NOTICE = b"\nstopping: saving at the next step (again to stop at once)\n"
+_NOTICE = "\nstopping: saving at the next step"
 
 
 class Interrupted(Exception):
@@ -62,11 +62,14 @@ class InterruptCallback(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
+            if distributed.world_size() > 1:
+                return  # a terminal and torchrun both pass on one Ctrl-C; what hangs, torchrun kills
             raise KeyboardInterrupt
         self.received = number
         if distributed.speaks():
             # Not print: the signal may have come while something else was being printed.
-            os.write(2, _NOTICE)
+            once_more = " (again to stop at once)" if distributed.world_size() == 1 else ""
+            os.write(2, f"{_NOTICE}{once_more}\n".encode())
 
     def _shared(self) -> int:
         # Ranks hear of a signal at different moments; all must save at the same step.
@@ -77,9 +80,7 @@ class InterruptCallback(TrainerCallback):
             self.received = int(shared.item())
         return self.received
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._shared():
             control.should_save = True
             control.should_training_stop = True

@@ -67,9 +67,7 @@ class LossCallback(TrainerCallback):
     ) -> None:
         self._step = state.global_step + 1
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = _mean(self._micro_batches)
         self._micro_batches.clear()
         self._recent, self._recent_steps = self._recent + loss, self._recent_steps + 1

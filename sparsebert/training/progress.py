@@ -72,9 +72,7 @@ class ProgressCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._bar = Bar(self.title, state.max_steps, state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step, self._note)
 

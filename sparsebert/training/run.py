@@ -111,9 +111,7 @@ class Run:
         self.collator = Collator(self.tokenizer)
 
     def _encoded(self, dataset: Any, *, training: bool) -> Encoded:
-        return encode(
-            dataset, self.data.spec, self.tokenizer, self.length, training=training, label_ids=self.label_ids
-        )
+        return encode(dataset, self.data.spec, self.tokenizer, self.length, training=training, label_ids=self.label_ids)
 
     def _build_method(self) -> Method:
         run = self.config.run

@@ -64,7 +64,8 @@ def score_sets(
             )
         finally:
             bar.close()
-        metrics |= {key + (f"_{name}" if name else ""): value for key, value in score(outputs, encoded, data.spec).items()}
+        found = score(outputs, encoded, data.spec)
+        metrics |= {key + (f"_{name}" if name else ""): value for key, value in found.items()}
     return metrics
 
 

@@ -9,10 +9,7 @@ __all__ = ["RunSettings"]
 
 
 def _arg(default: Any, help: str, **more: Any) -> Any:
-    metadata = {"help": help, **more}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
@@ -21,21 +18,31 @@ class RunSettings:
 
     method: str = _arg("adapt_prune", "how the subnetwork is found; see the list above")
     model: str = _arg(
-        "demo", "a folder or hub id of a BERT, RoBERTa or DistilBERT; 'demo' is the MiniLM of the extra sparsebert[demo]"
+        "demo",
+        "a folder or hub id of a BERT, RoBERTa or DistilBERT; 'demo' is the MiniLM of the extra sparsebert[demo]",
     )
-    task: str = _arg("demo", "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, squad_v2, demo, demo_imdb, custom")
+    task: str = _arg(
+        "demo", "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, squad_v2, demo, demo_imdb, custom"
+    )
     data_dir: str | None = _arg(None, "folder or file with local parquet, csv, tsv or jsonl; without it, the hub")
-    text_columns: list[str] = _arg([], "columns of one text, or of a pair, of your own data")
+    text_columns: list[str] = field(
+        default_factory=list, metadata={"help": "columns of one text, or of a pair, of your own data"}
+    )
     label_column: str | None = _arg(None, "column of the label of your own data")
     max_train_samples: int | None = _arg(None, "train on at most this many examples")
     max_eval_samples: int | None = _arg(None, "evaluate on at most this many examples")
     max_length: int | None = _arg(None, "longest input in tokens [64 for the demo, 384 for SQuAD, else 128]")
     pattern: str = _arg("unstructured", "unstructured, 2:4 (any n:m), block:RxC, neurons, heads")
     sparsity: float | None = _arg(None, "share of the masked weights to prune, in [0, 1) [0.5, or what n:m says]")
-    allocation: str = _arg("global", "rank scores over all matrices, or in each matrix alone", choices=["global", "matrix"])
-    masked: list[str] = _arg(
-        ["encoder"],
-        "what may be pruned: encoder, pooler, word_embeddings, position_embeddings, token_type_embeddings, embeddings",
+    allocation: str = _arg(
+        "global", "rank scores over all matrices, or in each matrix alone", choices=["global", "matrix"]
+    )
+    masked: list[str] = field(
+        default_factory=lambda: ["encoder"],
+        metadata={
+            "help": "what may be pruned: encoder, pooler, word_embeddings, position_embeddings, "
+            "token_type_embeddings, embeddings"
+        },
     )
     head: str | None = _arg(
         None, "mlp: scalar mix of all layers and a 768-unit MLP; linear: one linear [the method's own]"

@@ -93,7 +93,7 @@ def training_arguments(
     }
     try:
         arguments = TrainingArguments(**{**values, **fixed})
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise UserError(f"training arguments: {_one_line(error)}") from error
     _check_words(arguments)
     # Several GPUs without torchrun: one is used, where Trainer would take torch's old DataParallel.
@@ -125,22 +125,27 @@ def _check_words(arguments: TrainingArguments) -> None:
         name = f"optim {_word(arguments.optim)}"
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         name = f"lr_scheduler_type {_word(arguments.lr_scheduler_type)}"
+        options: Any = arguments.lr_scheduler_kwargs
         get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
             num_warmup_steps=0,
             num_training_steps=10,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=options,
         )
         name = f"report_to {arguments.report_to}"
         for reporter in get_reporting_integration_callbacks(arguments.report_to):
             reporter()
+        if arguments.torch_compile:
+            name = f"torch_compile_backend {arguments.torch_compile_backend}, mode {arguments.torch_compile_mode}"
+            backend = arguments.torch_compile_backend or "inductor"
+            torch.compile(torch.nn.Identity(), backend=backend, mode=arguments.torch_compile_mode)
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
         raise UserError(f"{name}: {_one_line(error)}") from error
 
 
 def freeze_unused(model: TaskModel) -> None:
-    """Takes the pooler out of training where the head does not look at it: DDP waits for every gradient it is told of."""
+    """Takes the pooler out of training where the head does not look at it; DDP would wait for its gradient."""
     pooler = getattr(model.base, "pooler", None)
     if pooler is not None and (model.head_kind != "linear" or model.kind == "span" or model.pooling != "cls"):
         pooler.requires_grad_(False)
@@ -176,6 +181,10 @@ def build_trainer(
     Raises:
         UserError: what Trainer refuses.
     """
+
+    def metrics(given: Any) -> dict[str, float]:
+        return compute_metrics(spec, given.predictions, given.label_ids, train.label_ids)
+
     data: Any = train
     if arguments.train_sampling_strategy == "sequential":
         batch = arguments.per_device_train_batch_size * distributed.world_size()
@@ -187,9 +196,7 @@ def build_trainer(
             data_collator=collator,
             train_dataset=data,
             eval_dataset=held_out,
-            compute_metrics=None
-            if spec.kind == "span"
-            else lambda given: compute_metrics(spec, given.predictions, given.label_ids, train.label_ids),
+            compute_metrics=None if spec.kind == "span" else metrics,
             optimizers=(optimizer, None),
             callbacks=callbacks,
         )

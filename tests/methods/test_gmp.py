@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_sparsity_follows_the_schedule_and_no_unit_comes_back(pattern: str, sett
     levels, masks = history(method, steps)
     total = method.masks.counts()[1]
     # A large learning rate moves pruned weights off zero between the steps, if anything lets it.
-    for before, after in zip(masks, masks[1:], strict=False):
+    for before, after in pairwise(masks):
         assert not any(bool((new & ~old).any()) for old, new in zip(before, after, strict=True))
     first = max(1, int(settings.get("prune_from", 0.0) * steps))
     last = int(settings.get("prune_until", 0.7) * steps)
@@ -96,7 +97,7 @@ def test_weights_that_are_zero_by_chance_bring_nothing_back() -> None:
     with torch.no_grad():
         method.context.model.base.get_input_embeddings().weight[:12] = 0.0
     _, masks = history(method, 10)
-    for before, after in zip(masks, masks[1:], strict=False):
+    for before, after in pairwise(masks):
         assert not any(bool((new & ~old).any()) for old, new in zip(before, after, strict=True))
     assert method.masks.sparsity() == 0.5
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
@@ -30,7 +32,9 @@ def test_rounds_follow_1_minus_the_kept_share_to_the_power_of_the_round(sparsity
     assert len(levels) == 1 or sparsity - levels[-2] > 1e-10
 
 
-@pytest.mark.parametrize(("sparsity", "rate", "rounds"), [(0.2, 0.2, 1), (0.36, 0.2, 2), (0.488, 0.2, 3), (0.75, 0.5, 2)])
+@pytest.mark.parametrize(
+    ("sparsity", "rate", "rounds"), [(0.2, 0.2, 1), (0.36, 0.2, 2), (0.488, 0.2, 3), (0.75, 0.5, 2)]
+)
 def test_a_target_that_a_round_meets_needs_no_further_round(sparsity: float, rate: float, rounds: int) -> None:
     assert len(rounds_to(sparsity, rate)) == rounds
     assert rounds_to(sparsity, rate)[-1] == sparsity
@@ -68,7 +72,7 @@ def test_rounds_rewind_weights_and_nest_masks(pattern: str, weights: str) -> Non
     assert list(begins) == [*(f"round{number}" for number in range(1, len(rounds) + 1)), last]
     total = method.masks.counts()[1]
     assert levels == [0, *(units_to_prune(level, total) for level in rounds)]
-    for before, after in zip(masks, masks[1:], strict=False):
+    for before, after in pairwise(masks):
         assert not any(bool((new & ~old).any()) for old, new in zip(before, after, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(masks[-1], method.masks.units(), strict=True))
 

@@ -127,7 +127,8 @@ def test_gradients_of_all_scores_and_weights_are_those_of_an_explicit_product(ki
     units = [mask.double().requires_grad_() for mask in whole.masks.units()]
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in whole.masks.weights().items()}
     products = {
-        f"{view.matrix.name}.weight": weights[view.matrix.name] * expand_grid(unit.reshape(view.grid), view.matrix.shape)
+        f"{view.matrix.name}.weight": weights[view.matrix.name]
+        * expand_grid(unit.reshape(view.grid), view.matrix.shape)
         for group, unit in zip(whole.masks.groups, units, strict=True)
         for view in group.views
     }

@@ -68,7 +68,9 @@ def test_gradients_are_those_of_the_product_with_an_expanded_mask(grid: tuple[in
     expected = {"x": twin.grad, "score": units.grad, "weight": weight.grad, "bias": bias.grad}
     for name, gradient in expected.items():
         assert gradient is not None
-        torch.testing.assert_close(got[name], gradient.to(got[name].dtype), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], gradient.to(got[name].dtype), msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert torch.equal(linear.weight.grad[~mask], torch.zeros_like(linear.weight.grad)[~mask])
 
 
@@ -151,9 +153,7 @@ def test_the_product_is_made_anew_when_asked() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grid", [(12, 8), (3, 2), (12, 1), (1, 8)])
-def test_a_masked_embedding_is_an_embedding_with_weights_set_to_zero(
-    grid: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_a_masked_embedding_is_an_embedding_with_weights_set_to_zero(grid: tuple[int, int], dtype: torch.dtype) -> None:
     table = nn.Embedding(*SHAPE, padding_idx=2)
     nn.init.normal_(table.weight)
     mask = mask_over(grid)

@@ -41,7 +41,9 @@ def test_every_pattern_has_a_default_sparsity_that_it_can_have(spec: str) -> Non
     pattern.check_sparsity(pattern.default_sparsity)
 
 
-@pytest.mark.parametrize(("spec", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("4:8", 0.5), ("1:3", 2 / 3), ("2:3", 1 / 3)])
+@pytest.mark.parametrize(
+    ("spec", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("4:8", 0.5), ("1:3", 2 / 3), ("2:3", 1 / 3)]
+)
 def test_n_of_m_says_its_sparsity_itself(spec: str, sparsity: float) -> None:
     assert parse_pattern(spec).default_sparsity == sparsity
 
@@ -129,7 +131,13 @@ def test_structure_needs_matrices(spec: str) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "missing"),
-    [("neurons", "ffn_in"), ("neurons", "ffn_out"), ("heads", "query"), ("heads", "value"), ("heads", "attention_output")],
+    [
+        ("neurons", "ffn_in"),
+        ("neurons", "ffn_out"),
+        ("heads", "query"),
+        ("heads", "value"),
+        ("heads", "attention_output"),
+    ],
 )
 def test_half_a_structure_is_refused_and_says_what_is_missing(spec: str, missing: str) -> None:
     with pytest.raises(UserError, match=rf"{spec}: layer 1 .*{missing}"):

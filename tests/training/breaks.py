@@ -32,12 +32,11 @@ class Breaks:
         complete = Checkpoint.complete
 
         def tear(checkpoint: Checkpoint, **about: Any) -> None:
-            if self._torn is not None and checkpoint.path.parent.name.endswith(self._torn[0]):
-                if checkpoint.step == self._torn[1]:
-                    self._torn = None
-                    with checkpoint.weights.open("r+b") as file:
-                        file.truncate(checkpoint.weights.stat().st_size // 2)
-                    raise PowerCut
+            if self._torn is not None and checkpoint.path.match(f"*-{self._torn[0]}/checkpoint-{self._torn[1]}"):
+                self._torn = None
+                with checkpoint.weights.open("r+b") as file:
+                    file.truncate(checkpoint.weights.stat().st_size // 2)
+                raise PowerCut
             complete(checkpoint, **about)
 
         monkeypatch.setattr(Checkpoint, "complete", tear)
@@ -85,7 +84,12 @@ def left_by(folder: Path) -> dict[str, Any]:
     log = [{k: v for k, v in line.items() if "seconds" not in k and "per_second" not in k and "runtime" not in k}
            for line in lines]  # fmt: skip
     files = {path.name: path.read_bytes() for path in sorted((folder / "model").iterdir())}
-    return {"result": result, "log": log, "files": files, "config": (folder / "config.yaml").read_text(encoding="utf-8")}
+    return {
+        "result": result,
+        "log": log,
+        "files": files,
+        "config": (folder / "config.yaml").read_text(encoding="utf-8"),
+    }
 
 
 def assert_same(first: Path, second: Path) -> None:

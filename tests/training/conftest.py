@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from breaks import Breaks
 from tiny import Workshop
+
+pytest.register_assert_rewrite("training.breaks")  # before anything imports it
+
+from training.breaks import Breaks  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from breaks import Breaks, PowerCut, assert_same
 from tiny import Workshop
+from training.breaks import Breaks, PowerCut, assert_same
 
 from sparsebert.train import main
 from sparsebert.training import run as run_room
-from sparsebert.training.folder import RunFolder, last_checkpoint
+from sparsebert.training.folder import RunFolder
 
 # 48 examples, 8 at a time: an epoch is 6 steps, or 3 of two micro-batches.
 RECIPES = {
