@@ -24,6 +24,9 @@ RESULTS = Path(__file__).parent / "results"
 # Steps of every training phase: three epochs of the demo and of STS-B, as many for the far larger SST-2.
 STEPS = {"demo": 700, "demo_imdb": 700, "stsb": 540, "sst2": 700, "rte": 234}
 
+# Of each of IMP's rounds (4 to 50 %, 11 to 90 %): an epoch of STS-B.
+ROUND_STEPS = 180
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -47,6 +50,8 @@ class Cell:
             words += ["--sparsity", f"{self.sparsity:g}"]
             if self.method != "adapt_prune":
                 words += ["--weights", "pretrained"]
+            if self.method == "imp":
+                words += ["--round-steps", str(ROUND_STEPS)]
         if data_dir is not None and not self.task.startswith("demo"):
             words += ["--data-dir", data_dir]
         return words

@@ -22,7 +22,7 @@ from sparsebert.models.prunable import prunable_matrices
 from sparsebert.models.task_model import TaskModel
 from sparsebert.patterns import parse_pattern
 
-KINDS = ("adapt_prune", "dense", "eager")
+KINDS = ("adapt_prune", "dense", "dense, no dropout", "eager")
 SHAPES: dict[str, dict[str, int]] = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -64,7 +64,8 @@ def make_step(kind: str, shape: str, batch: int, seq: int, dtype: torch.dtype) -
     model = TaskModel(base, "classification", 2, seed=0)
     tokens = torch.randint(1000, 30000, (batch, seq))
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.arange(batch) % 2}
-    module, groups, before, after = {"adapt_prune": _adapt_prune, "dense": _dense, "eager": _eager}[kind](model, dtype)
+    makers = {"adapt_prune": _adapt_prune, "dense": _dense, "dense, no dropout": _no_dropout, "eager": _eager}
+    module, groups, before, after = makers[kind](model, dtype)
     optimizer = torch.optim.AdamW(groups, lr=1e-5, weight_decay=0.0, fused=True)
     module.train()
     taken = 0
@@ -94,11 +95,21 @@ def _adapt_prune(model: TaskModel, dtype: torch.dtype) -> Parts:
     phase.start()
     phase.loaded()
     # Steps of a long run: the mask moves with every one of them.
-    return prune.module, phase.parameter_groups(1e-3), lambda n: phase.before_step(n, 100), lambda n: phase.after_step(n, 100)
+    return (
+        prune.module,
+        phase.parameter_groups(1e-3),
+        lambda n: phase.before_step(n, 100),
+        lambda n: phase.after_step(n, 100),
+    )
 
 
 def _dense(model: TaskModel, dtype: torch.dtype) -> Parts:
     return model, [{"params": list(model.parameters())}], lambda n: None, lambda n: None
+
+
+def _no_dropout(model: TaskModel, dtype: torch.dtype) -> Parts:
+    model.set_base_dropout(False)
+    return _dense(model, dtype)
 
 
 def _eager(model: TaskModel, dtype: torch.dtype) -> Parts:

@@ -53,6 +53,12 @@ def library_dir() -> Path:
 
 def host() -> ModuleType | None:
     """The module of CPU features (`csrc/host.cpp`), or None where it was not built."""
+    if "host" not in _state:
+        _state["host"] = _load_host()
+    return _state["host"]
+
+
+def _load_host() -> ModuleType | None:
     try:
         path = library_dir() / _build.HOST
     except _build.BuildError:

@@ -90,14 +90,12 @@ def _comparison(metrics: dict[str, float], saved: dict[str, Any] | None, data: T
     """How the score stands to the one in result.json, and why it may differ."""
     if saved is None:
         return "none: the run was not finished"
-    # As text: a metric that is not a number is the same as itself.
-    if json.dumps(metrics, sort_keys=True) == json.dumps(saved["metrics"], sort_keys=True):
-        return "the same to the last digit"
-    changed = [
-        split for split in data.fingerprint if split != "train" and data.fingerprint[split] != saved["data"].get(split)
-    ]
-    because = f" (other data: {', '.join(changed)})" if changed else ""
-    return f"differs{because}: {saved['metrics']}"
+    now = {name: value for name, value in data.fingerprint.items() if name not in ("train", "rows")}
+    changed = [name for name, value in now.items() if value != saved["data"].get(name)]
+    other = f" (other data: {', '.join(changed)})" if changed else ""
+    return (
+        f"the same to the last digit{other}" if metrics == saved["metrics"] else f"differs{other}: {saved['metrics']}"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from torch import Tensor
 from sparsebert.errors import unknown
 from sparsebert.methods.base import Method, Phase, check_setting
 from sparsebert.methods.phases import HEAD_DEFAULTS, freeze
+from sparsebert.patterns import units_to_prune
 
 __all__ = ["AdaptPrune"]
 
@@ -78,6 +79,7 @@ class _Scores(Phase):
         freeze(module)
         module.model.set_base_dropout(False)
         module.memory.zero_()
+        self.method.new_head()
         masks.learn(self._first_scores())
         module.model.head.requires_grad_(True)
         self.scores: list[Tensor] = list(masks.scores or [])
@@ -117,12 +119,17 @@ class _Scores(Phase):
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> bool:
         settings, memory, masks = self.method.settings, self.module.memory, self.method.masks
-        before = [] if settings.regrowth else masks.units()
+        if not settings.regrowth:
+            for score, kept in zip(self.scores, masks.units(), strict=True):
+                score.masked_fill_(~kept, -math.inf)  # no step changes that
         if settings.gamma > 0.0 and memory[_REACHED] == 0:
             # The push lowers all scores alike, so it is kept as one number that the threshold rises by.
             memory[_PUSHED] += settings.gamma
             masks.above(self.scores, float(memory[_PUSHED]))
-            reached = masks.sparsity() >= self._target
+            pruned, units = masks.counts()
+            reached = pruned >= units_to_prune(self._target, units)
+            if reached:
+                masks.select(self.scores, self._target, self.method.context.allocation)
         else:
             progress = 1.0 if settings.gamma > 0.0 else step / max(1.0, settings.prune_until * total)
             reached = progress >= 1.0
@@ -131,8 +138,6 @@ class _Scores(Phase):
                 memory[_PUSHED] = self._push_so_far()
         if reached and memory[_REACHED] == 0:
             memory[_REACHED] = step
-        for score, kept in zip(self.scores, before, strict=False):
-            score.masked_fill_(~kept, -math.inf)  # no step changes that
         return bool(reached) and settings.after_target == "stop"
 
     @property
@@ -140,10 +145,10 @@ class _Scores(Phase):
         return self.method.context.sparsity
 
     def _push_so_far(self) -> float:
-        """The highest score that is pruned."""
+        """The highest pruned score that may still come back; where there is none, the push as it was."""
         units = zip(self.scores, self.method.masks.units(), strict=True)
         highest = max(float(score.masked_fill(kept, -math.inf).max()) for score, kept in units)
-        return highest if math.isfinite(highest) else 0.0
+        return highest if math.isfinite(highest) else float(self.module.memory[_PUSHED])
 
     def logs(self) -> dict[str, float]:
         return {"sparsity": self.method.masks.sparsity(), "pushed": float(self.module.memory[_PUSHED])}
@@ -161,7 +166,7 @@ class AdaptPrune(Method):
     summary = "learn by pruning alone: weights frozen, a mask trained for the task"
     Settings = Settings
     # Clipping by the norm over all scores would change nothing under Adam, and costs a pass over them.
-    defaults = {**HEAD_DEFAULTS, "max_grad_norm": 0.0}
+    defaults: ClassVar[dict[str, Any]] = {**HEAD_DEFAULTS, "max_grad_norm": 0.0}
 
     def check(self) -> None:
         super().check()

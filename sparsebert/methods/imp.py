@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sparsebert.methods import one_shot
 from sparsebert.methods.base import Phase, check_setting
@@ -14,10 +15,12 @@ __all__ = ["IterativeMagnitude", "rounds_to"]
 
 @dataclass(frozen=True)
 class Settings(one_shot.Settings):
-    """Settings of iterative pruning. Trainer's steps or epochs are those of every round."""
+    """Settings of iterative pruning."""
 
     prune_rate: float = 0.2
     """Share of the remaining weights that go in each round."""
+    round_steps: int = 0
+    """Optimiser steps of a round that prunes; 0 takes Trainer's steps or epochs, as the last phase always does."""
 
 
 def rounds_to(sparsity: float, rate: float) -> list[float]:
@@ -42,6 +45,10 @@ class _Round(WeightsPhase):
         super().start()
         self.method.reset_weights()  # type: ignore[attr-defined]
 
+    def training(self) -> dict[str, Any]:
+        steps = self.method.settings.round_steps
+        return {"max_steps": steps} if steps and self.sparsity is not None else {}
+
     def logs(self) -> dict[str, float]:
         return {"sparsity": self.method.masks.sparsity()}
 
@@ -62,6 +69,8 @@ class IterativeMagnitude(Resettable):
         super().check()
         rate = self.settings.prune_rate
         check_setting("prune_rate", rate, 0.0 < rate < 1.0, "a share between 0 and 1, e.g. 0.2")
+        steps = self.settings.round_steps
+        check_setting("round_steps", steps, steps >= 0, "a number of steps, or 0 for Trainer's")
 
     def phases(self) -> list[Phase]:
         levels = rounds_to(self.context.sparsity, self.settings.prune_rate)

@@ -70,6 +70,7 @@ class Op:
         self._setup_context = setup_context
         self._described: set[str] = set()
         self._picked: dict[tuple[str, bool, str | None], OpOverload] = {}
+        self._eager: dict[OpOverload, Callable[..., Any]] = {}
         schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
         _reference_library.define(name + schema)
         _reference_library.impl(name, reference, "CompositeExplicitAutograd")
@@ -84,6 +85,19 @@ class Op:
             # A call traced by torch.compile: only a string can be a constant of the graph.
             return getattr(getattr(torch.ops, _namespace(self.name, device.type, supported)), self.name).default
         return self.choose(device.type, supported)
+
+    def differentiable(self, device: torch.device, supported: bool = True) -> Callable[..., Any]:
+        """`pick` with its autograd formula, by the shorter way where nothing is being traced.
+
+        A formula registered with torch.library costs some 50 µs a layer and step more than an autograd.Function; but
+        torch.compile is to see the registered one.
+        """
+        body = self.pick(device, supported)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return body
+        if body not in self._eager:
+            self._eager[body] = _function(body, self._setup_context, self._backward)
+        return self._eager[body]
 
     def choose(self, device_type: str, supported: bool) -> OpOverload:
         """`pick`, by device type; remembered until `SPARSEBERT_BACKEND` changes."""
@@ -150,6 +164,31 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def _function(body: OpOverload, setup_context: Any, backward: Any) -> Callable[..., Any]:
+    """`body` as an autograd.Function with the formulas that are registered with torch.library too."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with _below_autograd():
+                output = body(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            # Gradients are recorded here only for a derivative of this derivative (create_graph=True).
+            if torch.is_grad_enabled():
+                raise NotImplementedError(f"{body}: second derivatives are not supported; drop create_graph=True")
+            return backward(ctx, *grads)
+
+    return Eager.apply
+
+
+# torch.library's own way past a registered formula; no_grad gets there too, a few µs later.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 
 # Under torch.compile the choice is a fact of the process, not part of the graph.

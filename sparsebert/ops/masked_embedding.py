@@ -58,7 +58,7 @@ def masked_embedding(
         return F.embedding(ids, masked_weight.detach())
     if weight.requires_grad and bits is None:
         raise ValueError("bits: needed where weight requires a gradient; give the mask's bits or freeze the weight")
-    body = _forward.pick(ids.device)
+    body = _forward.differentiable(ids.device)
     return body(ids, weight, masked_weight.detach(), scores, bits, padding, cells)
 
 

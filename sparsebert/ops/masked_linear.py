@@ -62,7 +62,7 @@ def masked_linear(
             return F.linear(x, masked_weight.detach(), bias)
         if training and weight.requires_grad and bits is None:
             raise ValueError("bits: needed where weight requires a gradient; give the mask's bits or freeze the weight")
-        body = _forward.pick(x.device, is_supported(weight, masked_weight))
+        body = _forward.differentiable(x.device, is_supported(weight, masked_weight))
         return body(x, weight, masked_weight.detach(), scores, bits, bias, cells)
 
 

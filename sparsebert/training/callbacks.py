@@ -40,7 +40,7 @@ class PhaseCallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes Trainer's logs, with the method's own numbers, to the run's metrics.jsonl.
+    """Adds the method's numbers to Trainer's logs of losses, and writes all logs to the run's metrics.jsonl.
 
     Trainer's last line, with its times, is left out: it knows nothing of what came before a resume. The run writes
     its own (`phase_summary`).
@@ -60,8 +60,9 @@ class LogCallback(TrainerCallback):
     ) -> None:
         if logs is None or not state.is_world_process_zero:
             return
-        # Trainer hands the same dict to every reporter: what is added here reaches TensorBoard and W&B too.
-        logs.update(self.phase.logs())
+        if "loss" in logs:
+            # Trainer hands the same dict to every reporter: what is added here reaches TensorBoard and W&B too.
+            logs.update(self.phase.logs())
         if "train_runtime" not in logs:
             self.folder.append_metrics({"phase": self.phase.name, "step": state.global_step, **logs})
 

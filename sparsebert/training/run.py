@@ -267,7 +267,7 @@ class Run:
             "precision": self.precision,
             "ranks": distributed.world_size(),
             "model": {"source": run.model, "sha256": self.fingerprint},
-            "data": {"rows": {"train": len(data.train), "validation": len(data.validation)}, **data.fingerprint},
+            "data": data.fingerprint,
             "note": data.note,
             "versions": versions(),
             "hardware": hardware(),

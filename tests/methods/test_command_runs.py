@@ -115,3 +115,8 @@ def test_what_cannot_be_is_said_on_one_line(
     assert error.startswith("error: ") and "\n" not in error
     assert named in error
     assert not Path(workshop.folder / f"run{workshop.runs}").exists()
+
+
+def test_round_steps_are_those_of_the_rounds_that_prune(workshop: tiny.Workshop) -> None:
+    outcome = workshop.run("imp", "--sparsity", "0.36", "--round-steps", "2", steps=4)
+    assert [phase["steps"] for phase in outcome.result["phases"]] == [4, 2, 2, 4]

@@ -259,6 +259,13 @@ def test_a_mask_changed_after_the_forward_is_noticed(backend: str) -> None:
         y.sum().backward()
 
 
+def test_second_derivatives_are_refused(backend: str) -> None:
+    case = make()
+    y = masked_linear(case.x, case.weight, case.masked, case.scores, case.bits, case.bias)
+    with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
+        torch.autograd.grad(y.sum(), case.x, create_graph=True)
+
+
 def test_the_weight_needs_bits() -> None:
     case = make()
     with pytest.raises(ValueError, match="bits: needed where weight requires a gradient"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sparsebert.ops import masked_weight, pack_bits
 from sparsebert.ops._backend import OPS
 
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

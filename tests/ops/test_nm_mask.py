@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsebert.ops import nm_mask, unpack_bits
 from sparsebert.ops._backend import OPS
 
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=120)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 
 
 def oracle(scores: Tensor, n: int, m: int, threshold: float | None) -> list[list[bool]]:

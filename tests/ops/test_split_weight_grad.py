@@ -11,7 +11,7 @@ from sparsebert.ops import pack_bits
 from sparsebert.ops._backend import OPS
 from sparsebert.ops.split_weight_grad import split_weight_grad, split_weight_grad_reference
 
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -26,7 +26,7 @@ class Breaks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
-        self._at: dict[tuple[str, int], int] = {}
+        self._at: dict[tuple[str, int], list[int]] = {}
         self._torn: tuple[str, int] | None = None
         monkeypatch.setattr(PhaseCallback, "on_step_begin", self._step, raising=False)
         complete = Checkpoint.complete
@@ -41,13 +41,13 @@ class Breaks:
 
         monkeypatch.setattr(Checkpoint, "complete", tear)
 
-    def signal_at(self, phase: str, step: int, number: int = signal.SIGINT) -> None:
-        """A signal during a step of a phase."""
-        self._at[phase, step] = number
+    def signal_at(self, phase: str, step: int, *numbers: int) -> None:
+        """Signals during a step of a phase; one SIGINT if none is named."""
+        self._at[phase, step] = list(numbers) or [signal.SIGINT]
 
     def cut_at(self, phase: str, step: int) -> None:
         """A power cut during a step of a phase."""
-        self._at[phase, step] = 0
+        self._at[phase, step] = []
 
     def tear_at(self, phase: str, step: int) -> None:
         """A power cut in the middle of the checkpoint of a step."""
@@ -66,12 +66,13 @@ class Breaks:
         self.monkeypatch.setattr(owner, name, cut)
 
     def _step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for (phase, step), number in list(self._at.items()):
+        for (phase, step), numbers in list(self._at.items()):
             if state.global_step + 1 == step and Path(args.output_dir).name.endswith(f"-{phase}"):
                 del self._at[phase, step]
-                if not number:
+                if not numbers:
                     raise PowerCut
-                signal.raise_signal(number)
+                for number in numbers:
+                    signal.raise_signal(number)
 
 
 def left_by(folder: Path) -> dict[str, Any]:

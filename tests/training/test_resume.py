@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from training.breaks import Breaks, PowerCut, assert_same
 
 from sparsebert.train import main
 from sparsebert.training import run as run_room
-from sparsebert.training.folder import RunFolder
+from sparsebert.training.folder import RunFolder, last_checkpoint
 
 # 48 examples, 8 at a time: an epoch is 6 steps, or 3 of two micro-batches.
 RECIPES = {
@@ -130,3 +131,106 @@ def test_after_training(
     else:
         assert main(["--resume", command[-1]]) == 0
     assert_same(straight("finetune"), Path(command[-1]))
+
+
+@pytest.fixture
+def stopped(workshop: Workshop, breaks: Breaks) -> Path:
+    """The folder of a run that waits to be resumed."""
+    command = begin(workshop, "finetune")
+    breaks.signal_at("finetune", 2)
+    assert main(command) == 130
+    return Path(command[-1])
+
+
+def test_a_run_is_resumed_with_what_it_began_with(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = stopped / "state" / "inputs.json"
+    began = json.loads(inputs.read_text(encoding="utf-8"))
+    changes = {
+        "ranks": ({**began, "ranks": 2}, "ranks: 2 before, 1 now"),
+        "model": ({**began, "model": "0" * 64}, "model: not what the run began with"),
+        "data": ({**began, "data": {}}, "data: not what the run began with"),
+    }
+    capsys.readouterr()
+    for changed, said in changes.values():
+        inputs.write_text(json.dumps(changed), encoding="utf-8")
+        assert main(["--resume", str(stopped)]) == 2
+        assert said in capsys.readouterr().err
+    inputs.write_text("{", encoding="utf-8")
+    assert main(["--resume", str(stopped)]) == 2
+    assert "inputs.json" in capsys.readouterr().err
+    inputs.write_text(json.dumps(began), encoding="utf-8")
+    assert main(["--resume", str(stopped)]) == 0
+
+
+def test_what_a_kill_left_in_the_checkpoints_is_passed_over(
+    straight: Callable[[str], Path], stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a checkpoint, an empty one, one without its mark, half a line in the log: all as if they were not there."""
+    phase = stopped / "checkpoints" / "00-finetune"
+    good = last_checkpoint(phase)
+    assert good is not None and good.step == 2
+    (phase / "checkpoint-3").mkdir()
+    (phase / "checkpoint-4").mkdir()
+    (phase / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    (phase / "checkpoint-5").mkdir()
+    (phase / "checkpoint-5" / "complete.json").write_text('{"sizes": {"model.safetensors": 7}}', encoding="utf-8")
+    with (stopped / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"phase": "finetune", "step": 3, "loss": 1}\n{"phase": "fine')
+    assert main(["--resume", str(stopped)]) == 0
+    assert_same(straight("finetune"), stopped)
+
+
+def test_a_second_signal_stops_at_once(workshop: Workshop, breaks: Breaks, capfd: pytest.CaptureFixture[str]) -> None:
+    command = begin(workshop, "finetune")
+    before = signal.getsignal(signal.SIGINT)
+    breaks.signal_at("finetune", 1, signal.SIGTERM, signal.SIGINT)
+    assert main(command) == 130
+    said = capfd.readouterr().err
+    assert "saving at the next step" in said and "stopped at once" in said and f"--resume {command[-1]}" in said
+    assert signal.getsignal(signal.SIGINT) is before
+    assert main(["--resume", command[-1]]) == 0
+
+
+def test_a_signal_while_scoring(
+    workshop: Workshop,
+    straight: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Scoring stops between two batches; what was trained is kept."""
+    from sparsebert.training import scoring
+
+    predict = scoring.predict
+
+    def interrupted(*args: object, **options: object) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return predict(*args, **options)  # type: ignore[arg-type]
+
+    command = begin(workshop, "adapt_prune")
+    monkeypatch.setattr(scoring, "predict", interrupted)
+    assert main(command) == 143
+    assert "while scoring phase untouched" in capsys.readouterr().err
+    assert main(["--resume", command[-1]]) == 143
+    monkeypatch.setattr(scoring, "predict", predict)
+    assert main(["--resume", command[-1]]) == 0
+    assert_same(straight("adapt_prune"), Path(command[-1]))
+
+
+def test_ctrl_c_before_training(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_room, "load_run_task", interrupted)
+    command = begin(workshop, "finetune")
+    assert main(command) == 130
+    assert capsys.readouterr().err == "stopped before there was anything to save\n"
+    assert not Path(command[-1]).exists()
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(workshop: Workshop) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, begin(workshop, "finetune")).result() == 0
