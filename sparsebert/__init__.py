@@ -11,7 +11,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Public name -> module that defines it; resolved on first access (PEP 562).
-_PUBLIC: dict[str, str] = {}
+_PUBLIC: dict[str, str] = {
+    "MaskedEmbedding": "sparsebert.nn",
+    "MaskedLinear": "sparsebert.nn",
+    "Masks": "sparsebert.nn",
+    "Matrix": "sparsebert.patterns",
+    "parse_pattern": "sparsebert.patterns",
+}
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -10,8 +10,9 @@ Where this departs from the paper, and why:
   slope of 0.25 a plain step would hardly move a score that starts at 0.01.
 - *First scores*: magnitudes (`init="magnitude"`) in place of one positive value with noise (`init="normal"`). What the
   task does not care about is then pruned where it hurts least. On the demo this is worth six points of accuracy.
-- *Push*: the one that keeps the sparsity on a straight line up to the target at `prune_until` of the steps, in place of
-  a constant `gamma`, whose right value depends on the number of steps, the sparsity and the data.
+- *Push*: the one that keeps the sparsity on a cubic curve (Zhu and Gupta, 2018: fast first, slow at the end) up to the
+  target at `prune_until` of the steps, in place of a constant `gamma`, whose right value depends on the number of
+  steps, the sparsity and the data.
 - *After the target*: scores and head train on to the last step, at the target sparsity, in place of stopping.
 - *What is masked*: the encoder's linears (`--masked`), where the paper masks the embeddings too.
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from sparsebert.errors import unknown
 from sparsebert.methods.base import Method, Phase, check_setting
+from sparsebert.methods.gmp import cubic_sparsity
 from sparsebert.methods.phases import HEAD_DEFAULTS, freeze
 from sparsebert.patterns import units_to_prune
 
@@ -45,7 +47,7 @@ _LOOK_UP_EVERY = 10
 class Settings:
     """Settings of Adapting by Pruning."""
 
-    score_learning_rate: float = 1e-4
+    score_learning_rate: float = 2e-4
     """Highest step of a score; the schedule is Trainer's (2e-5 in the paper, without Adam)."""
     init: Literal["magnitude", "normal"] = "magnitude"
     """First scores: `magnitude`, |W| over its mean in the matrix, times `init_mean`; or `normal`, `init_mean` alone
@@ -57,7 +59,7 @@ class Settings:
     pruned.)"""
     gamma: float = 0.0
     """Constant push of every score at each step, up to the target (2e-7 for MNLI in the paper). 0 takes the push that
-    makes the sparsity rise evenly, to the target at `prune_until`."""
+    lets the sparsity rise along a cubic, to the target at `prune_until`."""
     prune_until: float = 0.6
     """Share of the steps at which the target is reached, with `gamma` 0."""
     after_target: Literal["hold", "stop"] = "hold"
@@ -122,18 +124,20 @@ class _Scores(Phase):
         if not settings.regrowth:
             for score, kept in zip(self.scores, masks.units(), strict=True):
                 score.masked_fill_(~kept, -math.inf)  # no step changes that
+        total_units = sum(score.numel() for score in self.scores)
+        goal = units_to_prune(self._target, total_units)
         if settings.gamma > 0.0 and memory[_REACHED] == 0:
             # The push lowers all scores alike, so it is kept as one number that the threshold rises by.
             memory[_PUSHED] += settings.gamma
             masks.above(self.scores, float(memory[_PUSHED]))
-            pruned, units = masks.counts()
-            reached = pruned >= units_to_prune(self._target, units)
+            reached = masks.counts()[0] >= goal
             if reached:
                 masks.select(self.scores, self._target, self.method.context.allocation)
         else:
             progress = 1.0 if settings.gamma > 0.0 else step / max(1.0, settings.prune_until * total)
-            reached = progress >= 1.0
-            masks.select(self.scores, self._target * min(1.0, progress), self.method.context.allocation)
+            sparsity = cubic_sparsity(progress, self._target)
+            reached = units_to_prune(sparsity, total_units) >= goal
+            masks.select(self.scores, sparsity, self.method.context.allocation)
             if step % _LOOK_UP_EVERY == 0:
                 memory[_PUSHED] = self._push_so_far()
         if reached and memory[_REACHED] == 0:

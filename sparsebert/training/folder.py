@@ -109,6 +109,10 @@ class RunFolder:
         """Where Trainer puts the checkpoints of a phase."""
         return self.checkpoints / f"{index:02d}-{name}"
 
+    def drop_checkpoints(self, index: int, name: str) -> None:
+        """Makes room: a phase whose state and notes are there needs its checkpoints no more."""
+        shutil.rmtree(self.phase_folder(index, name), ignore_errors=True)
+
     def phase_state(self, index: int, name: str) -> Path:
         """The module's tensors at the end of a phase."""
         return self.state / f"{index:02d}-{name}.safetensors"

@@ -172,6 +172,7 @@ class Run:
                 save_file(module.state_dict(), temporary)
                 put_in_place(temporary, state)
                 self.folder.write_notes(index, phase.name, notes)
+                self.folder.drop_checkpoints(index, phase.name)
         if phase.report is not None and distributed.is_main() and "metrics" not in notes:
             begun = time.monotonic()
             encoded = encode_validation(self.data, self.tokenizer, self.config.run, self.label_ids)

@@ -174,12 +174,13 @@ def test_scores_train_on_after_the_target() -> None:
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block:4x4", "2:4"])
 @pytest.mark.parametrize("until", [0.5, 1.0])
-def test_without_a_gamma_the_sparsity_rises_evenly_to_the_target(pattern: str, until: float) -> None:
+def test_without_a_gamma_the_sparsity_rises_along_a_cubic_to_the_target(pattern: str, until: float) -> None:
     method = tiny.build("adapt_prune", pattern, prune_until=until)
     counts: list[int] = []
     tiny.by_hand(method, 20, lambda phase, step: counts.append(method.masks.counts()[0]))
     total, target = method.masks.counts()[1], method.context.sparsity
-    expected = [units_to_prune(target * min(1.0, step / (20 * until)), total) for step in range(21)]
+    left = [max(0.0, 1.0 - step / (20 * until)) for step in range(21)]
+    expected = [units_to_prune(target * (1.0 - share**3), total) for share in left]
     assert counts == expected
 
 

@@ -129,3 +129,18 @@ def test_labels_are_matched_by_name(tmp_path: Path, workshop: Workshop, capsys: 
     saved = json.loads((run.folder / "model" / "config.json").read_text(encoding="utf-8"))
     assert saved["label2id"] == {"equivalent": 0, "not_equivalent": 1}
     same_again(run, capsys)
+
+
+def test_both_validation_sets_of_mnli(tmp_path: Path, workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    def rows(first: int, count: int) -> list[dict[str, Any]]:
+        return [
+            {"premise": sentence(number), "hypothesis": sentence(number * 7), "label": number % 3}
+            for number in range(first, first + count)
+        ]
+
+    splits = {"train": rows(0, 30), "validation_matched": rows(30, 12), "validation_mismatched": rows(42, 9)}
+    write(tmp_path / "data", splits)
+    run = trained(tmp_path, workshop.model, "mnli", "--method", "random", "--pattern", "2:4")
+    assert run.result["metrics"].keys() == {"accuracy", "accuracy_mismatched"}
+    assert run.result["score"] == run.result["metrics"]["accuracy"]
+    same_again(run, capsys)
