@@ -113,7 +113,10 @@ class _Scores(Phase):
         slope, pushed = self.method.settings.backward_slope, float(self.module.memory[_PUSHED])
         for score in self.scores:
             if score.grad is not None:
-                level = torch.sub(score, pushed).mul_(slope).sigmoid_()
+                level = score - pushed
+                if slope != 1.0:
+                    level.mul_(slope)
+                level.sigmoid_()
                 torch.ops.aten.sigmoid_backward.grad_input(score.grad, level, grad_input=score.grad)
                 if slope != 1.0:
                     score.grad.mul_(slope)
