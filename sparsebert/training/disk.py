@@ -64,4 +64,6 @@ def _reason(error: Exception, folder: Path, new: bool) -> str | None:
 def _in_torch_save(error: RuntimeError) -> bool:
     """torch.save does not pass on what the system said: a full disk is "unexpected pos", "iostream error", and more."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(frame.f_globals.get("__name__") == "torch.serialization" for frame in frames)
+    return any(
+        (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("torch.serialization", "save") for frame in frames
+    )

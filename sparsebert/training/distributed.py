@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -26,6 +29,23 @@ def start() -> None:
             PartialState(timeout=_PATIENCE)
         else:
             PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
+            _name_cpus()
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    # Left to the interpreter's end, a thread of the process group may abort a rank whose work is done.
+    if _ready():
+        torch.distributed.destroy_process_group()
+
+
+@functools.cache
+def _name_cpus() -> None:
+    """Lets torch.load take "cpu:0" for a place, where transformers 5.17 puts a checkpoint's optimiser on CPU ranks."""
+    torch.serialization.register_package(
+        0, lambda storage: None, lambda storage, place: storage if re.fullmatch(r"cpu:\d+", place) else None
+    )
 
 
 def speaks() -> bool:

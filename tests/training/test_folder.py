@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsebert.errors import UserError
 from sparsebert.training.disk import guard_disk
@@ -124,3 +126,17 @@ def test_only_what_the_disk_refuses_becomes_a_users_error(tmp_path: Path) -> Non
             raise KeyError("while tidying") from None
     with pytest.raises(UserError, match="Permission"), guard_disk(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_torch_save_does_not_say_what_the_system_said(tmp_path: Path) -> None:
+    """What fails within torch.save is about the disk, what fails within torch.load is not."""
+
+    class Full(io.BytesIO):
+        def write(self, content: object) -> int:
+            raise RuntimeError("basic_ios::clear: iostream error")
+
+    with pytest.raises(UserError, match=r"writing a checkpoint failed.*MiB are free"), guard_disk(tmp_path / "new"):
+        torch.save({"a": torch.zeros(3)}, Full())
+    torch.save({"a": torch.zeros(3)}, tmp_path / "file")
+    with pytest.raises(RuntimeError, match="nowhere"), guard_disk(tmp_path):
+        torch.load(tmp_path / "file", map_location="nowhere", weights_only=True)
