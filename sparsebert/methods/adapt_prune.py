@@ -9,7 +9,7 @@ Where this departs from the paper, and why:
 - *Step*: Adam's (any `--optim` of Trainer) in place of plain gradient descent. At the published rate of 2e-5 and a
   slope of 0.25 a plain step would hardly move a score that starts at 0.01.
 - *First scores*: magnitudes (`init="magnitude"`) in place of one positive value with noise (`init="normal"`). What the
-  task does not care about is then pruned where it hurts least. On the demo this is worth six points of accuracy.
+  task does not care about is then pruned where it hurts least, and the task decides only where it does care.
 - *Push*: the one that keeps the sparsity on a cubic curve (Zhu and Gupta, 2018: fast first, slow at the end) up to the
   target at `prune_until` of the steps, in place of a constant `gamma`, whose right value depends on the number of
   steps, the sparsity and the data.
