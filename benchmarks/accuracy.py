@@ -113,7 +113,7 @@ def write(results: dict[Cell, dict[str, Any]], name: str, command: str) -> None:
         f"{any_result['precision']}, {any_result['hardware']['cpu']}, torch {any_result['versions']['torch']}, "
         f"transformers {any_result['versions']['transformers']}.\n",
         "Pruned cells keep pre-trained weights and train the head alone beside the mask. Scores are of the validation "
-        "set at the last step; nothing was chosen by it.\n",
+        "set at the last step; no checkpoint was chosen by it.\n",
     ]
     commands = [
         "python -m sparsebert.train " + shlex.join(cell.arguments("DIR")) + f" --output runs/accuracy/{cell.name}"
