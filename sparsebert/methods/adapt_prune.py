@@ -16,7 +16,8 @@ Where this departs from the paper, and why:
 - *After the target*: scores and head train on to the last step, at the target sparsity, in place of stopping.
 - *What is masked*: the encoder's linears (`--masked`), where the paper masks the embeddings too.
 
-`--init normal --gamma 2e-7 --after-target stop --masked encoder embeddings` is the published method.
+`--init normal --gamma 2e-7 --after-target stop --masked encoder embeddings` is the published method but for the step.
+So small a gamma reaches no high sparsity in a few hundred steps: what is missing at the end is then pruned at once.
 """
 
 from __future__ import annotations
