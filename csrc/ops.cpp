@@ -17,4 +17,17 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def(
       "split_weight_grad(Tensor product, Tensor weight, Tensor? bits, int[] grid, bool need_scores, "
       "bool need_weight) -> (Tensor, Tensor)");
+  m.def(
+      "unstructured_linear(Tensor x, Tensor values, Tensor offsets, Tensor rows, Tensor counts, Tensor starts, "
+      "Tensor? bias, int[] shape, str activation, Tensor[] transposed) -> Tensor");
+  m.def(
+      "unstructured_sddmm(Tensor grad, Tensor x, Tensor offsets, Tensor rows, Tensor counts, Tensor starts) -> Tensor");
+  m.def(
+      "block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias, int[] shape, "
+      "str activation, Tensor[] transposed) -> Tensor");
+  m.def("block_sparse_sddmm(Tensor grad, Tensor x, Tensor columns, Tensor row_starts, int[] block) -> Tensor");
+  m.def(
+      "semi_structured_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias, int[] pattern, "
+      "str activation, Tensor[] transposed) -> Tensor");
+  m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor");
 }

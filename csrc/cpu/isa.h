@@ -81,12 +81,20 @@ inline Isa active_isa() {
   const char* word = std::getenv("SPARSEBERT_ISA");
   if (word == nullptr || *word == 0) return has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::generic;
   Isa isa;
-  if (std::strcmp(word, "avx512") == 0) isa = Isa::avx512;
+  if (std::strcmp(word, "avx512") == 0 || std::strcmp(word, "avx512_bf16") == 0) isa = Isa::avx512;
   else if (std::strcmp(word, "avx2") == 0) isa = Isa::avx2;
   else if (std::strcmp(word, "generic") == 0) isa = Isa::generic;
-  else throw std::runtime_error(std::string("SPARSEBERT_ISA: expected avx512, avx2 or generic, got ") + word);
-  if (!has(isa)) throw std::runtime_error(std::string("SPARSEBERT_ISA=") + word + ": this CPU does not have it");
+  else throw std::runtime_error(std::string("SPARSEBERT_ISA: expected avx512_bf16, avx512, avx2 or generic, got ") + word);
+  const bool lacks = !has(isa) || (std::strcmp(word, "avx512_bf16") == 0 && !cpu().avx512_bf16);
+  if (lacks) throw std::runtime_error(std::string("SPARSEBERT_ISA=") + word + ": this CPU does not have it");
   return isa;
+}
+
+// Whether AVX-512's products of bf16 pairs may be used: the CPU has them, and SPARSEBERT_ISA does not name a lesser set.
+inline bool use_avx512_bf16() {
+  const char* word = std::getenv("SPARSEBERT_ISA");
+  const bool free = word == nullptr || *word == 0 || std::strcmp(word, "avx512_bf16") == 0;
+  return free && active_isa() == Isa::avx512 && cpu().avx512_bf16;
 }
 
 }  // namespace sparsebert
@@ -94,5 +102,6 @@ inline Isa active_isa() {
 // Per-function targets instead of per-file flags: nothing that std:: instantiates can pick up instructions that the
 // machine lacks. -march=native is never used.
 #define SB_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2,popcnt")))
+#define SB_TARGET_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,bmi2,popcnt")))
 #define SB_TARGET_AVX2 __attribute__((target("avx2,fma,bmi2,popcnt")))
 #define SB_TARGET_GENERIC
