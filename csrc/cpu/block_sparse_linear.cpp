@@ -7,15 +7,12 @@
 namespace sparsebert {
 namespace {
 
-constexpr int64_t kGroup = 64;    // rows of the weight whose outputs are written out together
-#ifndef SB_VECTORS
-#define SB_VECTORS 2
-#endif
-constexpr int kVectors = SB_VECTORS;       // of rows of x in a full tile
+constexpr int64_t kGroup = 64;  // rows of the weight whose outputs are written out together
+constexpr int64_t kAhead = 6;   // blocks that x is fetched ahead
 
 struct BlockSparseKernel {
   bool (*run)(const Linear& p, const BlockSparse& w, const Task& task, float* scratch);
-  int64_t tile;  // rows of x in a task
+  int64_t (*tile)(int64_t height);  // rows of x in a task
 };
 
 #define SB_FILE "block_sparse_linear.inc"
@@ -42,10 +39,11 @@ Tensor block_sparse_linear(
   if (p.m == 0 || p.n == 0) return y;
   const BlockSparseKernel& kernel = kernel_for(active_isa());
   const int64_t least = std::max<int64_t>(kGroup / w.height, 1);
-  const Tasks tasks(p.m, kernel.tile, w.block_rows(), w.block_rows(), least);
+  const int64_t tile = kernel.tile(w.height);
+  const Tasks tasks(p.m, tile, w.block_rows(), w.block_rows(), least);
   std::atomic<bool> fits{true};
   torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch((p.k + std::max(kGroup, w.height)) * kernel.tile);
+    const Scratch scratch((p.k + std::max(kGroup, w.height)) * tile);
     for (int64_t i = begin; i < end; ++i) {
       if (!kernel.run(p, w, tasks.at(i), scratch.get())) fits = false;
     }
