@@ -13,16 +13,20 @@ namespace {
 
 // torch sends fp32 products to MKL, which on AMD reaches less than half of the machine where oneDNN (part of the same
 // torch) reaches most of it; elsewhere MKL is the better one. bf16 products are oneDNN's in torch already.
-bool prefers_onednn(const Tensor& a) {
+bool prefers_onednn(const Tensor& a, bool activated) {
   constexpr int64_t kFew = 4;  // next to a matrix-vector product memory is the bound; the leaner call wins
   if (a.size(0) < kFew || a.size(1) < kFew) return false;
+  if (a.scalar_type() == ScalarType::BFloat16) return activated && has(Isa::avx512);
   return a.scalar_type() == ScalarType::Float && has(Isa::avx2) && std::strcmp(cpu().vendor, "AuthenticAMD") == 0;
 }
 
-Tensor onednn_linear(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+Tensor onednn_linear(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Activation activation) {
   using torch::stable::detail::from;
+  const char* const kinds[] = {"none", "gelu", "gelu", "relu", "tanh"};
+  const std::string kind = kinds[static_cast<int>(activation)];
+  const std::string algorithm = activation == Activation::gelu_tanh ? "tanh" : "none";
   std::array<StableIValue, 6> stack{
-      from(a), from(b), from(bias), from(std::string("none")), from(std::vector<int64_t>{}), from(std::nullopt)};
+      from(a), from(b), from(bias), from(kind), from(std::vector<int64_t>{}), from(std::optional<std::string>(algorithm))};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -40,10 +44,21 @@ Tensor aten_linear(const Tensor& a, const Tensor& b, const std::optional<Tensor>
   return out;
 }
 
+Tensor activated(const Tensor& y, Activation activation) {
+  using torch::stable::detail::from;
+  if (activation == Activation::none) return y;
+  std::array<StableIValue, 2> stack{from(y), from(std::string(activation == Activation::gelu_tanh ? "tanh" : "none"))};
+  const bool is_gelu = activation == Activation::gelu || activation == Activation::gelu_tanh;
+  const char* const name = is_gelu ? "aten::gelu" : activation == Activation::relu ? "aten::relu" : "aten::tanh";
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 }  // namespace
 
-Tensor matmul_t(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
-  return prefers_onednn(a) ? onednn_linear(a, b, bias) : aten_linear(a, b, bias);
+Tensor matmul_t(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Activation activation) {
+  if (prefers_onednn(a, activation != Activation::none)) return onednn_linear(a, b, bias, activation);
+  return activated(aten_linear(a, b, bias), activation);
 }
 
 }  // namespace sparsebert

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "tensors.h"
+
 namespace sparsebert {
 
 // Tiles of kStrip rows by kPanel columns, strip after strip. A panel of the activations, kPanel columns of some 64 rows,
@@ -30,5 +32,10 @@ struct TiledCsr {
   // lengths of the kernels' loops can be predicted.
   int64_t entry(int64_t strip, int64_t panel) const { return strip * kStrip * panels() + panel * rows_in(strip); }
 };
+
+// Checks everything but what the kernels check as they meet it: that a tile's counts add up.
+TiledCsr check_tiled_csr(
+    int64_t nnz, const Tensor& offsets, const Tensor& rows, const Tensor& counts, const Tensor& starts, int64_t n,
+    int64_t k);
 
 }  // namespace sparsebert
