@@ -1,6 +1,7 @@
 """What every benchmark shares: interleaved timing, tables, and where published numbers go.
 
     pytest benchmarks/                        prints the tables
+    pytest benchmarks/ --full                 whole grids instead of a few cells of them
     pytest benchmarks/ --record               also writes benchmarks/results/<device>/<table>.{json,md}
     pytest benchmarks/ --threads 1 --clock cpu   processor time of one thread, for a machine that others share
 
@@ -84,6 +85,7 @@ class Bench:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sparsebert benchmarks")
     group.addoption("--record", action="store_true", help="write the tables under benchmarks/results/<device>/")
+    group.addoption("--full", action="store_true", help="the whole grid instead of a few cells of it")
     group.addoption("--repeats", type=int, default=7, help="rounds of a row (default 7)")
     group.addoption("--threads", type=int, default=0, help="torch's threads (default: what torch takes)")
     group.addoption("--clock", choices=sorted(CLOCKS), default="wall", help="what is timed (default wall)")
@@ -132,7 +134,7 @@ def _synchronize() -> None:
 
 
 def _conditions(bench: Bench) -> dict[str, Any]:
-    packages = ("sparsebert", "torch", "triton", "transformers", "numpy")
+    packages = ("sparsebert", "torch", "openvino", "triton", "transformers", "numpy")
     versions = {"python": platform.python_version()}
     for name in packages:
         try:

@@ -16,7 +16,9 @@ _PUBLIC: dict[str, str] = {
     "MaskedLinear": "sparsebert.nn",
     "Masks": "sparsebert.nn",
     "Matrix": "sparsebert.patterns",
+    "SparseLinear": "sparsebert.nn",
     "parse_pattern": "sparsebert.patterns",
+    "sparsify": "sparsebert.nn",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

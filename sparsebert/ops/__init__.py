@@ -1,21 +1,33 @@
-"""Ops: masks from scores, and the layers trained under them."""
+"""Ops: masks from scores, the layers trained under them, and the layers over stored weights."""
 
 from __future__ import annotations
 
 from sparsebert.ops.bits import pack_bits, unpack_bits
+from sparsebert.ops.block_sparse_linear import block_sparse_linear
+from sparsebert.ops.block_sparse_sddmm import block_sparse_sddmm
+from sparsebert.ops.dense_linear import dense_linear
 from sparsebert.ops.masked_embedding import masked_embedding
 from sparsebert.ops.masked_linear import masked_linear
 from sparsebert.ops.masked_weight import masked_weight
 from sparsebert.ops.nm_mask import nm_mask
 from sparsebert.ops.select_mask import select_mask, threshold_mask
+from sparsebert.ops.semi_structured_linear import semi_structured_linear
+from sparsebert.ops.unstructured_linear import unstructured_linear
+from sparsebert.ops.unstructured_sddmm import unstructured_sddmm
 
 __all__ = [
+    "block_sparse_linear",
+    "block_sparse_sddmm",
+    "dense_linear",
     "masked_embedding",
     "masked_linear",
     "masked_weight",
     "nm_mask",
     "pack_bits",
     "select_mask",
+    "semi_structured_linear",
     "threshold_mask",
     "unpack_bits",
+    "unstructured_linear",
+    "unstructured_sddmm",
 ]

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from sparsebert.errors import UserError, unknown
 
-__all__ = ["BACKENDS", "OPS", "Op", "forced_backend"]
+__all__ = ["BACKENDS", "OPS", "Op", "below_autograd", "forced_backend"]
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _NAMESPACE = {"cuda": "sparsebert", "cpu": "sparsebert", "triton": "sparsebert_triton"}
@@ -122,6 +122,8 @@ class Op:
         if reason is not None:
             return reason
         qualified = f"{_NAMESPACE[backend]}::{self.name}"
+        if not hasattr(getattr(torch.ops, _NAMESPACE[backend]), self.name):
+            return "the compiled library does not define this op"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEY[backend]):
             return f"no {backend} kernel for this op"
         return None
@@ -172,7 +174,7 @@ def _function(body: OpOverload, setup_context: Any, backward: Any) -> Callable[.
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            with _below_autograd():
+            with below_autograd():
                 output = body(*inputs)
             setup_context(ctx, inputs, output)
             return output
@@ -188,7 +190,7 @@ def _function(body: OpOverload, setup_context: Any, backward: Any) -> Callable[.
 
 
 # torch.library's own way past a registered formula; no_grad gets there too, a few µs later.
-_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
+below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 
 # Under torch.compile the choice is a fact of the process, not part of the graph.

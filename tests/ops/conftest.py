@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sparsebert import _load
 
-ISAS = ("avx512", "avx2", "generic")
+ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_WANTED = {"avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": ("avx2", "fma"), "generic": ()}
 
 
 def _needs(isa: str) -> str | None:
@@ -22,8 +24,7 @@ def _needs(isa: str) -> str | None:
     if host is None:
         return "the host module was not built"
     features = host.cpu_features()
-    wanted = {"avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"), "avx2": ("avx2", "fma"), "generic": ()}[isa]
-    absent = [name for name in wanted if not features[name]]
+    absent = [name for name in _WANTED[isa] if not features[name]]
     return f"this CPU has no {', '.join(absent)}" if absent else None
 
 

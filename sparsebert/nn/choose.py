@@ -1,0 +1,336 @@
+"""Which storage format runs a pruned weight fastest on this machine: by measurement, never slower than dense.
+
+Every format that can hold the weight's mask is built and timed in turns with the dense paths, at the numbers of rows
+(tokens) that are asked for. Chosen is the one of least total time among those that beat the best dense path at every
+one of these, else "dense". What was measured is remembered (`remember`), by machine, versions, shape, dtype and the
+mask's structure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsebert.errors import UserError
+from sparsebert.formats import Format, parse_format
+from sparsebert.nn import remember as memory
+from sparsebert.nn.structure import Structure, structure_of
+from sparsebert.ops._linear import activate
+from sparsebert.ops.dense_linear import dense_linear
+
+__all__ = ["DENSE_PATHS", "MARGIN", "ROWS", "Choice", "Timer", "choose", "measure"]
+
+ROWS = (16, 512)
+"""The default numbers of rows of x: one short sentence, and four of 128 tokens."""
+
+MARGIN = 0.03
+"""A sparse format must be this share faster than the best dense path at every number of rows: noise is no gain."""
+
+DENSE_PATHS = ("F.linear", "dense_linear")
+
+Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
+"""Gets the calls to compare, by name; returns the seconds that one call of each takes."""
+
+_ROUNDS = 7
+# A sample is made of so many calls that the clock's own resolution and cost do not matter.
+_SAMPLE_SECONDS = 5e-4
+# So far behind the quickest, a candidate needs no exact number.
+_HOPELESS = 3.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and every number that decided it; `print` shows a table."""
+
+    format: str
+    """The chosen format's spelling, "dense" where no other is sure to be faster."""
+    rows: tuple[int, ...]
+    seconds: Mapping[str, tuple[float, ...]]
+    """Seconds of one call, one number per entry of `rows`: each candidate, and the `DENSE_PATHS`."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Formats that were not timed, and why."""
+    remembered: bool = False
+    """Whether the numbers are from an earlier measurement of a weight of the same structure."""
+
+    @property
+    def dense(self) -> tuple[float, ...]:
+        """Seconds of the quicker dense path, per entry of `rows`."""
+        return tuple(min(times) for times in zip(*(self.seconds[name] for name in DENSE_PATHS), strict=True))
+
+    @property
+    def fastest(self) -> str:
+        """The sparse format of least total time, be it slower than dense; "unstructured", which holds all, of none."""
+        rivals = {name: sum(times) for name, times in self.seconds.items() if name not in DENSE_PATHS}
+        return min(rivals, key=lambda name: rivals[name], default="unstructured")
+
+    @property
+    def speedup(self) -> float:
+        """The best dense paths' total time over the chosen format's; 1.0 where dense was chosen."""
+        return 1.0 if self.format == "dense" else sum(self.dense) / sum(self.seconds[self.format])
+
+    @property
+    def reason(self) -> str:
+        """The choice in a plain sentence."""
+        if self.format != "dense":
+            return f"{self.format} is {self.speedup:.2f}x as fast as the best dense path"
+        rivals = {name: times for name, times in self.seconds.items() if name not in DENSE_PATHS}
+        if not rivals:
+            return "no sparse format fits the weight" + "".join(f"; {name}: {why}" for name, why in _few(self.left_out))
+        name = min(rivals, key=lambda rival: sum(rivals[rival]))
+        ratios = [dense / own for dense, own in zip(self.dense, rivals[name], strict=True)]
+        listed = ", ".join(f"{ratio:.2f}x at {rows} rows" for ratio, rows in zip(ratios, self.rows, strict=True))
+        return f"no sparse format is faster than dense at every number of rows; the best, {name}, runs at {listed}"
+
+    def __str__(self) -> str:
+        heads = ["format", *(f"{rows} rows" for rows in self.rows), ""]
+        body = [
+            [name, *(f"{second * 1e6:.1f} us" for second in times), "chosen" if name == self.format else ""]
+            for name, times in sorted(self.seconds.items(), key=lambda pair: sum(pair[1]))
+        ]
+        widths = [max(len(row[column]) for row in (heads, *body)) for column in range(len(heads))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *body)
+        ]
+        return "\n".join(
+            [*(line.rstrip() for line in lines), *(f"{name}: left out, {why}" for name, why in self.left_out.items())]
+        )
+
+
+def choose(
+    weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    rows: Sequence[int] = ROWS,
+    trainable: bool = False,
+    timer: Timer | None = None,
+    use_memory: bool = True,
+) -> Choice:
+    """Find the fastest format for `weight`, with torch's present number of threads.
+
+    Takes a fraction of a second for a matrix of a BERT when nothing is remembered. Processes that must agree (ranks of
+    a distributed run) should choose in one and give the format's spelling to the others.
+
+    Args:
+        weight: `[N, K]` float; its dtype is the dtype measured.
+        mask: bool `[N, K]`, True where kept; None: where `weight` is not zero.
+        bias: `[N]` or None.
+        activation: what follows, see `sparsebert.ops.dense_linear`.
+        rows: numbers of rows of x `[rows, K]` that matter.
+        trainable: measure forward and backward, among the formats that store no pruned weight.
+        timer: measures the calls; `measure` where None.
+        use_memory: False to measure anew, and to leave what is remembered as it is.
+
+    Raises:
+        UserError: `rows` that are no positive numbers. ValueError, TypeError: a weight or mask that does not fit.
+    """
+    counts = _checked_rows(rows)
+    structure = structure_of(weight, mask)
+    key = _key(structure, weight, bias is not None, activation, counts, trainable, timer)
+    known = _from_json(memory.recall(key)) if use_memory else None
+    if known is not None:
+        return known
+    found = _measured(structure, weight, bias, activation, counts, trainable, timer or measure)
+    if use_memory:
+        memory.remember(key, _to_json(found))
+    return found
+
+
+def measure(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of one call of each, warm: medians over rounds in which all of them take turns."""
+    for call in calls.values():
+        call()
+    seconds = {name: min(_seconds(call, 1), _seconds(call, 1)) for name, call in calls.items()}
+    quickest = min(seconds.values())
+    names = [name for name in calls if seconds[name] <= _HOPELESS * quickest]
+    repeats = {name: max(1, math.ceil(_SAMPLE_SECONDS / max(seconds[name], 1e-7))) for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(_ROUNDS):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(_seconds(calls[name], repeats[name]))
+    return {**seconds, **{name: statistics.median(times) for name, times in samples.items()}}
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _checked_rows(rows: Sequence[int]) -> tuple[int, ...]:
+    counts = tuple(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else ()
+    if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
+        raise UserError(f"rows: expected numbers of rows of x, at least one and each at least 1, got {rows!r}")
+    return tuple(sorted(set(counts)))
+
+
+def _measured(
+    structure: Structure,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    rows: tuple[int, ...],
+    trainable: bool,
+    timer: Timer,
+) -> Choice:
+    """Builds the candidates and times them."""
+    with _plain_torch(weight.device, trainable):
+        mask = structure.mask
+        # A copy, so that neither NaN in a pruned place nor the user's own gradients come in.
+        dense = torch.where(mask, weight.detach(), 0.0).requires_grad_(trainable)
+        shift = None if bias is None else bias.detach().to(dense.dtype).clone().requires_grad_(trainable)
+        formats, left_out = _built(structure, dense, trainable)
+        seconds: dict[str, list[float]] = {name: [] for name in (*DENSE_PATHS, *formats)}
+        for count in rows:
+            calls = _calls(formats, dense, shift, activation, count, trainable)
+            for name in [name for name in formats if name in calls]:
+                if (why := _trial(calls[name])) is not None:
+                    left_out[name] = why
+                    del calls[name], formats[name], seconds[name]
+            for name, second in timer(calls).items():
+                seconds[name].append(float(second))
+    times = {name: tuple(numbers) for name, numbers in seconds.items()}
+    return Choice(_best(times), rows, times, left_out)
+
+
+@contextlib.contextmanager
+def _plain_torch(device: torch.device, trainable: bool) -> Iterator[None]:
+    """Neither the caller's autocast nor its gradient mode changes what is measured."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.set_grad_enabled(trainable):
+        yield
+
+
+def _built(structure: Structure, dense: Tensor, trainable: bool) -> tuple[dict[str, Format], dict[str, str]]:
+    """Each candidate's weight in its format, and why others are none."""
+    candidates, left_out = structure.candidates(dense.dtype, trainable)
+    formats = {}
+    for spelling in candidates:
+        cls, options = parse_format(spelling)
+        try:
+            formats[spelling] = cls.from_dense(dense.detach(), structure.mask, **options)
+        except ValueError as error:
+            left_out[spelling] = str(error)
+    return formats, left_out
+
+
+def _calls(
+    formats: Mapping[str, Format], dense: Tensor, bias: Tensor | None, activation: str, rows: int, trainable: bool
+) -> dict[str, Callable[[], object]]:
+    """What is timed: each layer on the same random x, and in training its backward too."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, dense.shape[1], generator=generator).to(dense)
+    x.requires_grad_(trainable)
+
+    def layer(stored: Format) -> Callable[[], Tensor]:
+        transposed = stored.transposed() if trainable else ()
+        return lambda: stored.linear(x, bias, activation, transposed)
+
+    layers: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
+        "F.linear": (lambda: activate(F.linear(x, dense, bias), activation), dense),
+        "dense_linear": (lambda: dense_linear(x, dense, bias, activation=activation), dense),
+    }
+    for spelling, stored in formats.items():
+        stored.values.requires_grad_(trainable)
+        layers[spelling] = (layer(stored), stored.values)
+    synchronize = torch.cuda.synchronize if dense.device.type == "cuda" else None
+    return {
+        name: _step(run, [x, values] + ([] if bias is None else [bias]), trainable, synchronize)
+        for name, (run, values) in layers.items()
+    }
+
+
+def _step(
+    run: Callable[[], Tensor], inputs: list[Tensor], trainable: bool, synchronize: Callable[[], None] | None
+) -> Callable[[], object]:
+    if not trainable and synchronize is None:
+        return run
+
+    def step() -> None:
+        y = run()
+        if trainable:
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
+        if synchronize is not None:
+            synchronize()
+
+    return step
+
+
+def _trial(call: Callable[[], object]) -> str | None:
+    """Why a candidate does not run here, or None."""
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return f"it does not run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return None
+
+
+def _best(seconds: Mapping[str, tuple[float, ...]]) -> str:
+    dense = [min(times) for times in zip(*(seconds[name] for name in DENSE_PATHS), strict=True)]
+    faster = [
+        name
+        for name, times in seconds.items()
+        if name not in DENSE_PATHS and all(own <= (1 - MARGIN) * best for own, best in zip(times, dense, strict=True))
+    ]
+    return min(faster, key=lambda name: sum(seconds[name]), default="dense")
+
+
+def _key(
+    structure: Structure,
+    weight: Tensor,
+    has_bias: bool,
+    activation: str,
+    rows: tuple[int, ...],
+    trainable: bool,
+    timer: Timer | None,
+) -> str:
+    parts: dict[str, Any] = {
+        **memory.machine(weight.device),
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype),
+        "bias": has_bias,
+        "activation": activation,
+        "rows": list(rows),
+        "trainable": trainable,
+        "structure": structure.bucket(weight.dtype, trainable),
+    }
+    if timer is not None:
+        parts["timer"] = f"{getattr(timer, '__module__', '')}.{getattr(timer, '__qualname__', type(timer).__name__)}"
+    return json.dumps(parts, sort_keys=True)
+
+
+def _to_json(choice: Choice) -> dict[str, Any]:
+    seconds = {name: list(times) for name, times in choice.seconds.items()}
+    return {"rows": list(choice.rows), "seconds": seconds, "left_out": dict(choice.left_out)}
+
+
+def _from_json(entry: dict[str, Any] | None) -> Choice | None:
+    """The remembered choice, made anew from its numbers; None for an entry that is none."""
+    try:
+        rows = tuple(int(count) for count in entry["rows"])  # type: ignore[index]
+        seconds = {str(k): tuple(float(s) for s in v) for k, v in entry["seconds"].items()}  # type: ignore[index]
+        left_out = {str(name): str(why) for name, why in entry["left_out"].items()}  # type: ignore[index]
+        if not rows or any(len(s) != len(rows) or not all(0 < t < math.inf for t in s) for s in seconds.values()):
+            return None
+        for name in seconds:
+            if name not in DENSE_PATHS:
+                parse_format(name)
+        return replace(Choice("dense", rows, seconds, left_out, remembered=True), format=_best(seconds))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
+
+
+def _few(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    return list(reasons.items())[:3]
