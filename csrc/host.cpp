@@ -29,7 +29,7 @@ py::dict cpu_features() {
 
 const char* isa() {
   switch (sparsebert::active_isa()) {
-    case sparsebert::Isa::avx512: return "avx512";
+    case sparsebert::Isa::avx512: return sparsebert::use_avx512_bf16() ? "avx512_bf16" : "avx512";
     case sparsebert::Isa::avx2: return "avx2";
     default: return "generic";
   }
@@ -41,7 +41,7 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "CPU features and build information; no torch.";
   m.def("cpu_features", &cpu_features, "Instruction sets that CPU and operating system both have, name -> bool.");
   m.def("cpu_vendor", [] { return std::string(sparsebert::cpu().vendor); }, "CPUID's vendor word.");
-  m.def("isa", &isa, "The instruction set the CPU kernels use: avx512, avx2 or generic.");
+  m.def("isa", &isa, "The instruction set the CPU kernels use: avx512_bf16, avx512, avx2 or generic.");
   m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); }, "Threads the machine runs at once.");
   m.attr("compiler") = __VERSION__;
   m.attr("flags") = SB_FLAGS;

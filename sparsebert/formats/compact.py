@@ -77,7 +77,8 @@ class Compact(Format):
         inner = dense_linear(x, self.values, inner_bias, activation=activation)
         # Every activation here takes 0 to 0.
         constant = inner.new_zeros(n) if bias is None else activate(bias.to(inner.dtype), activation)
-        return constant.expand(*x.shape[:-1], n).index_copy(-1, self.kept_rows.long(), inner)
+        # Made whole before it is written to: inductor (torch 2.13) lets the rows of an expanded tensor share memory.
+        return constant.repeat(*x.shape[:-1], 1).index_copy(-1, self.kept_rows.long(), inner)
 
     def _kept(self) -> tuple[Tensor, Tensor]:
         """The numbers of the kept rows and columns, written out, int64."""

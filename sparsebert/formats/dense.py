@@ -23,6 +23,7 @@ class Dense(Format):
     """`values` is the weight `[N, K]` with its zeros."""
 
     name = "dense"
+    op = "dense_linear"
 
     @classmethod
     def from_dense(cls, weight: Tensor, mask: Tensor | None = None) -> Self:

@@ -33,7 +33,7 @@ __all__ = ["DENSE_PATHS", "MARGIN", "ROWS", "Choice", "Timer", "choose", "measur
 ROWS = (16, 512)
 """The default numbers of rows of x: one short sentence, and four of 128 tokens."""
 
-MARGIN = 0.03
+MARGIN = 0.05
 """A sparse format must be this share faster than the best dense path at every number of rows: noise is no gain."""
 
 DENSE_PATHS = ("F.linear", "dense_linear")
@@ -41,9 +41,9 @@ DENSE_PATHS = ("F.linear", "dense_linear")
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
 """Gets the calls to compare, by name; returns the seconds that one call of each takes."""
 
-_ROUNDS = 7
-# A sample is made of so many calls that the clock's own resolution and cost do not matter.
-_SAMPLE_SECONDS = 5e-4
+_LEAST_ROUNDS, _MOST_ROUNDS = 7, 99
+# Seconds for all rounds together, where the least number of rounds allows it.
+_BUDGET = 0.15
 # So far behind the quickest, a candidate needs no exact number.
 _HOPELESS = 3.0
 
@@ -148,26 +148,29 @@ def choose(
 
 
 def measure(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of one call of each, warm: medians over rounds in which all of them take turns."""
+    """Seconds of one call of each: medians over rounds in which all of them take turns, one call at a time.
+
+    So each call finds the cache as the others left it, as a layer of a model does, rather than warm from itself.
+    """
     for call in calls.values():
         call()
-    seconds = {name: min(_seconds(call, 1), _seconds(call, 1)) for name, call in calls.items()}
+    seconds = {name: min(_seconds(call), _seconds(call)) for name, call in calls.items()}
     quickest = min(seconds.values())
     names = [name for name in calls if seconds[name] <= _HOPELESS * quickest]
-    repeats = {name: max(1, math.ceil(_SAMPLE_SECONDS / max(seconds[name], 1e-7))) for name in names}
+    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(_BUDGET / sum(seconds[name] for name in names))))
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(_ROUNDS):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name].append(_seconds(calls[name], repeats[name]))
+    for turn in range(rounds):
+        # Everyone follows everyone: after the slowest the cache is emptier than after the quickest.
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        for name in order if turn % 2 == 0 else reversed(order):
+            samples[name].append(_seconds(calls[name]))
     return {**seconds, **{name: statistics.median(times) for name, times in samples.items()}}
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+    call()
+    return time.perf_counter() - start
 
 
 def _checked_rows(rows: Sequence[int]) -> tuple[int, ...]:

@@ -19,12 +19,12 @@ from sparsebert.nn.structure import check_mask, check_weight
 from sparsebert.ops._backend import OPS, Op, below_autograd
 from sparsebert.ops._linear import ACTIVATIONS, activate, is_supported
 from sparsebert.ops.bits import expand_grid, unpack_bits
-from sparsebert.ops.dense_linear import dense_linear
+from sparsebert.ops.dense_linear import is_amd
 
 __all__ = ["SparseLinear", "mask_of"]
 
-# Below so many rows a dense product is over before another path to it has begun.
-FEW_ROWS = 16
+# Below so many rows the op `dense_linear` asks the same library as F.linear, and takes longer to do so.
+FEW_ROWS = 4
 
 _layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
 
@@ -108,7 +108,8 @@ class SparseLinear(nn.Module):
         # An op over no weights at all has no compiled body.
         self._op = layout.format.op if min(layout.shape) > 0 else None
         self._pattern = list(layout.options.get("pattern", layout.shape))
-        self._few = FEW_ROWS * layout.shape[1] if self._dense else 0
+        self._few = FEW_ROWS * layout.shape[1]
+        self._amd = is_amd()
 
     def _hold(self, index: Mapping[str, Tensor]) -> None:
         """Takes the index tensors as buffers, in the place of those there are."""
@@ -174,13 +175,18 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in x's dtype, which is the weight's (autocast aside)."""
         values = self.values
-        if self._few and x.numel() < self._few and (self._layout.exact or not values.requires_grad):
+        if (
+            self._dense
+            and (x.numel() < self._few or self._is_plain(values))
+            and (self._layout.exact or not values.requires_grad)
+        ):
             y = F.linear(x, values, self.bias)
             return y if self.activation == "none" else activate(y, self.activation)
-        if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
-            return self._stored().linear(x, self.bias, self.activation, self._for_gradients(x))
-        if self._dense:
-            return dense_linear(x, values, self.bias, activation=self.activation)
+        bias = self.bias
+        if torch.is_grad_enabled() and (
+            x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return self._stored().linear(x, bias, self.activation, self._for_gradients(x))
         if (
             self._op is not None
             and x.dtype == values.dtype
@@ -190,10 +196,10 @@ class SparseLinear(nn.Module):
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
         ):
-            return self._run(OPS[self._op], x, values)
-        return self._stored().linear(x, self.bias, self.activation)
+            return self._run(OPS[self._op], x, values, bias)
+        return self._stored().linear(x, bias, self.activation)
 
-    def _run(self, op: Op, x: Tensor, values: Tensor) -> Tensor:
+    def _run(self, op: Op, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The op itself, past the checks of its public function that hold for every call of this layer.
 
         They cost as much as the whole product of a single row.
@@ -203,7 +209,13 @@ class SparseLinear(nn.Module):
         body = op.pick(x.device, is_supported(x.dtype))
         # Nothing is recorded here; left to find that out itself, the registered formula takes some 5 µs.
         with below_autograd():
-            return body(x.contiguous(), values, *index, self.bias, self._pattern, self.activation, [])
+            if self._dense:
+                return body(x, values, bias, self.activation)
+            return body(x.contiguous(), values, *index, bias, self._pattern, self.activation, [])
+
+    def _is_plain(self, values: Tensor) -> bool:
+        """Whether the op `dense_linear` would only do what F.linear does: it fuses, and has another library on AMD."""
+        return self.activation == "none" and not (self._amd and values.dtype == torch.float32)
 
     def _stored(self) -> Format:
         """The weight in its format, over the parameters and buffers as they are now, unchecked."""

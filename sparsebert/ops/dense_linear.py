@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
+from sparsebert import _load
 from sparsebert.ops import _linear
 from sparsebert.ops._backend import Op
 from sparsebert.ops.masked_linear import full_precision
 
-__all__ = ["dense_linear", "dense_linear_reference"]
+__all__ = ["dense_linear", "dense_linear_reference", "is_amd"]
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
@@ -43,6 +45,13 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activ
 def dense_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """The definition."""
     return _linear.linear_reference(x, weight, bias, activation)
+
+
+@functools.cache
+def is_amd() -> bool:
+    """Whether this CPU is one where torch's own fp32 products, MKL's, run at half its speed, and oneDNN's do not."""
+    host = _load.host()
+    return host is not None and host.cpu_vendor() == "AuthenticAMD"
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Any, activation: str) -> Tensor:
