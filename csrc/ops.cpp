@@ -17,4 +17,6 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def(
       "split_weight_grad(Tensor product, Tensor weight, Tensor? bits, int[] grid, bool need_scores, "
       "bool need_weight) -> (Tensor, Tensor)");
+  m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor");
+  m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
 }
