@@ -10,26 +10,33 @@ namespace {
 #include "each_isa.inc"
 
 template <typename T>
-using Rows = void (*)(const T*, const T*, const T*, const T*, T*, int64_t, int64_t, float, float*);
+struct Kernels {
+  void (*rows)(const T*, const T*, const float*, const float*, T*, int64_t, int64_t, float, float*);
+  void (*widen)(const T*, float*, int64_t);
+};
 
 template <typename T>
-Rows<T> rows_for(Isa isa) {
-  if (isa == Isa::avx512) return avx512::rows<T>;
-  return isa == Isa::avx2 ? avx2::rows<T> : generic::rows<T>;
+Kernels<T> kernels_for(Isa isa) {
+  if (isa == Isa::avx512) return {avx512::rows<T>, avx512::widen<T>};
+  if (isa == Isa::avx2) return {avx2::rows<T>, avx2::widen<T>};
+  return {generic::rows<T>, generic::widen<T>};
 }
 
 template <typename T>
 void run(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, float eps, Tensor& out) {
   const int64_t width = weight.size(0), count = x.numel() / width;
-  const Rows<T> rows = rows_for<T>(active_isa());
-  const T *a = const_data<T>(x), *b = const_data<T>(residual), *w = const_data<T>(weight), *c = const_data<T>(bias);
+  const Kernels<T> kernels = kernels_for<T>(active_isa());
+  const T *a = const_data<T>(x), *b = const_data<T>(residual);
   T* to = data<T>(out);
+  std::vector<float> scale(width), shift(width);
+  kernels.widen(const_data<T>(weight), scale.data(), width);
+  kernels.widen(const_data<T>(bias), shift.data(), width);
   // A row is far from worth a thread's wake-up; some 16 thousand numbers are.
   const int64_t grain = (int64_t{1} << 14) / width + 1;
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(width);
     const int64_t at = begin * width;
-    rows(a + at, b + at, w, c, to + at, end - begin, width, eps, scratch.data());
+    kernels.rows(a + at, b + at, scale.data(), shift.data(), to + at, end - begin, width, eps, scratch.data());
   });
 }
 

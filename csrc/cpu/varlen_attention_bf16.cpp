@@ -51,7 +51,11 @@ typedef void (*Product)(const uint16_t*, int64_t, const uint32_t*, int64_t, floa
 const Product kProducts[kRows][4] = {SB_OF(1), SB_OF(2), SB_OF(3), SB_OF(4), SB_OF(5), SB_OF(6)};
 #undef SB_OF
 
-SB_INLINE int64_t panel_vectors(int64_t columns) { return columns >= kPanel ? 4 : (columns + 15) / 16; }
+SB_INLINE int64_t panel_vectors(int64_t columns) {
+  if (columns >= 2 * kPanel) return 4;
+  const int64_t vectors = (columns + 15) / 16;
+  return vectors > 4 ? (vectors + 1) / 2 : vectors;
+}
 SB_INLINE __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 SB_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
 
@@ -66,13 +70,14 @@ SB_TARGET static void pack_values(const uint16_t* rows, int64_t stride, int64_t 
     }
   }
   const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
-  for (int64_t first = 0; first < dim; first += kPanel) {
-    const int64_t vectors = panel_vectors(dim - first);
+  for (int64_t first = 0, vectors; first < dim; first += vectors * 16) {
+    vectors = panel_vectors(dim - first);
     uint32_t* panel = to + first * pairs;
     for (int64_t j = 0; j < pairs; ++j) {
       const uint16_t* even = rows + 2 * j * stride + first;
       for (int64_t v = 0; v < vectors; v += 2) {
-        const __mmask32 mask = first32(dim - first - 16 * v);
+        const int64_t wanted = vectors - v > 1 ? 32 : 16, left = dim - first - 16 * v;
+        const __mmask32 mask = first32(left < wanted ? left : wanted);
         const __m512i a = _mm512_maskz_loadu_epi16(mask, even + 16 * v);
         const __m512i b = _mm512_maskz_loadu_epi16(2 * j + 1 < length ? mask : 0, even + stride + 16 * v);
         _mm512_storeu_si512(panel + (j * vectors + v) * 16, _mm512_permutex2var_epi16(a, low, b));
@@ -88,8 +93,8 @@ SB_TARGET void pack(const Call& call, const Piece& piece, const Buffers& to) {
   const auto* k = static_cast<const uint16_t*>(call.k) + piece.token * call.k_row + piece.head * call.k_head;
   const auto* v = static_cast<const uint16_t*>(call.v) + piece.token * call.v_row + piece.head * call.v_head;
   const int64_t length = piece.length, dim = call.dim, pairs = (dim + 1) / 2;
-  for (int64_t first = 0; first < length; first += kPanel) {
-    const int64_t width = panel_vectors(length - first) * 16;
+  for (int64_t first = 0, width; first < length; first += width) {
+    width = panel_vectors(length - first) * 16;
     uint32_t* panel = static_cast<uint32_t*>(to.keys) + first * pairs;
     for (int64_t group = 0; group < width; group += 16) {
       const int64_t count = length - first - group;
@@ -173,15 +178,17 @@ SB_TARGET void attend(const Call& call, const Piece& piece, const Buffers& with)
       q_row = 2 * dim_pairs;
     }
     const Product* products = kProducts[rows - 1];
-    for (int64_t j = 0; j < length; j += kPanel) {
-      products[panel_vectors(length - j) - 1](q, q_row, keys + j * dim_pairs, dim_pairs, with.scores + j, stride);
+    for (int64_t j = 0, vectors; j < length; j += vectors * 16) {
+      vectors = panel_vectors(length - j);
+      products[vectors - 1](q, q_row, keys + j * dim_pairs, dim_pairs, with.scores + j, stride);
     }
     float share[kRows];
     for (int64_t r = 0; r < rows; ++r) share[r] = exponentials(with.scores + r * stride, length, factor);
     const auto* probabilities = reinterpret_cast<const uint16_t*>(with.scores);
-    for (int64_t i = 0; i < dim; i += kPanel) {
-      products[panel_vectors(dim - i) - 1](probabilities, 2 * stride, values + i * pairs, pairs, with.tile, kPanel);
-      const int64_t columns = dim - i < kPanel ? dim - i : kPanel;
+    for (int64_t i = 0, vectors; i < dim; i += vectors * 16) {
+      vectors = panel_vectors(dim - i);
+      products[vectors - 1](probabilities, 2 * stride, values + i * pairs, pairs, with.tile, kPanel);
+      const int64_t columns = dim - i < vectors * 16 ? dim - i : vectors * 16;
       for (int64_t r = 0; r < rows; ++r) {
         auto* out = static_cast<uint16_t*>(call.out) + (token + r) * call.out_row + piece.head * dim + i;
         put_row(out, with.tile + r * kPanel, columns, share[r]);
