@@ -179,7 +179,9 @@ def _check(base: nn.Module) -> None:
     config: Any = base.config
     kind = f"this {config.model_type} model"
     if getattr(config, "is_decoder", False) or getattr(config, "is_causal", None):
-        raise UserError(f"model: {kind} is a decoder; only encoders, whose tokens all see each other, can be padding-free")
+        raise UserError(
+            f"model: {kind} is a decoder; only encoders, whose tokens all see each other, can be padding-free"
+        )
     if getattr(config, "add_cross_attention", False):
         raise UserError(f"model: {kind} has cross-attention, which has no padding-free form here")
     positions = getattr(config, "position_embedding_type", None)
@@ -244,13 +246,11 @@ class UnlessFused(nn.Module):
 
 def _fuse(inner: Any, family: Family) -> None:
     linear, activation = getattr(inner, family.ffn_in), getattr(inner, family.activation)
-    if isinstance(activation, UnlessFused):
-        word = activation.word
-    else:
-        word = _ACTIVATIONS.get(type(activation).__name__, "")
-    if not word or getattr(linear, "activation", None) != "none":
+    wrapped = isinstance(activation, UnlessFused)
+    word = activation.word if wrapped else _ACTIVATIONS.get(type(activation).__name__)
+    if word is None or getattr(linear, "activation", None) != "none":
         return
-    if not isinstance(activation, UnlessFused):
+    if not wrapped:
         setattr(inner, family.activation, UnlessFused(activation, word, inner, family.ffn_in))
     linear.activation = word
 
@@ -269,7 +269,8 @@ def _forward(base: Any, family: Family, given: dict[str, Any]) -> Any:
     embedded = base.embeddings(**({"input_ids": None} | wanted))
     padding = Padding(embedded, given.get("attention_mask"))
     layers = _layers(base)
-    keep = _kept_states(given.get("output_hidden_states", getattr(base.config, "output_hidden_states", False)), len(layers) + 1)
+    asked = given.get("output_hidden_states", getattr(base.config, "output_hidden_states", False))
+    keep = _kept_states(asked, len(layers) + 1)
     x = padding.remove(embedded)
     states = [padding.restore(x) if 0 in keep else None]
     for index, layer in enumerate(layers, start=1):

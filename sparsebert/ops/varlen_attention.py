@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +79,7 @@ def _sequences(cu_seqlens: Tensor, tokens: int) -> Iterator[slice]:
     """The rows of every sequence that has any."""
     starts = cu_seqlens.tolist()
     _check_starts(starts, tokens)
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+    for begin, end in itertools.pairwise(starts):
         if begin < end:
             yield slice(begin, end)
 
@@ -108,7 +109,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
 
 
 def _check_starts(starts: list[int], tokens: int) -> None:
-    if starts[0] != 0 or starts[-1] != tokens or any(a > b for a, b in zip(starts[:-1], starts[1:], strict=True)):
+    if starts[0] != 0 or starts[-1] != tokens or any(a > b for a, b in itertools.pairwise(starts)):
         shown = f"{starts[:4]}...{starts[-2:]}" if len(starts) > 8 else str(starts)
         raise ValueError(f"cu_seqlens: expected to ascend from 0 to {tokens}, the number of tokens, got {shown}")
 
@@ -141,6 +142,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _forward = Op(
     "varlen_attention", varlen_attention_reference, _fake_forward, backward=_backward, setup_context=_setup_context
 )
-_backward_op = Op(
-    "varlen_attention_backward", varlen_attention_backward_reference, _fake_backward, composed=True
-)
+_backward_op = Op("varlen_attention_backward", varlen_attention_backward_reference, _fake_backward, composed=True)
