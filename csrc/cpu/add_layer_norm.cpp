@@ -1,3 +1,4 @@
+#include <immintrin.h>
 #include <torch/csrc/stable/library.h>
 
 #include "isa.h"
