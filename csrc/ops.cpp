@@ -30,4 +30,6 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
       "semi_structured_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias, int[] pattern, "
       "str activation, Tensor[] transposed) -> Tensor");
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor");
+  m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor");
+  m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
 }

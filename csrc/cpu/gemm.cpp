@@ -24,9 +24,11 @@ Tensor onednn_linear(const Tensor& a, const Tensor& b, const std::optional<Tenso
   using torch::stable::detail::from;
   const char* const kinds[] = {"none", "gelu", "gelu", "relu", "tanh"};
   const std::string kind = kinds[static_cast<int>(activation)];
+  // Unlike aten it takes a bias for contiguous without a look.
+  const std::optional<Tensor> shift = bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   const std::string algorithm = activation == Activation::gelu_tanh ? "tanh" : "none";
   std::array<StableIValue, 6> stack{
-      from(a), from(b), from(bias), from(kind), from(std::vector<int64_t>{}), from(std::optional<std::string>(algorithm))};
+      from(a), from(b), from(shift), from(kind), from(std::vector<int64_t>{}), from(std::optional<std::string>(algorithm))};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);

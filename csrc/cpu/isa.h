@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cpuid.h>
+#include <immintrin.h>
 
 #include <cstdint>
 #include <cstdlib>

@@ -13,7 +13,7 @@ from sparsebert.formats import FORMATS, Format
 from sparsebert.ops._linear import ACTIVATIONS
 from sparsebert.ops.unstructured_linear import PANEL, STRIP
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "room_for"]
 
 VERSION = 1
 # Positions in these are on disk: add at the end, never reorder.
@@ -108,3 +108,10 @@ def _short(value: object) -> str:
 
 if set(FORMAT_IDS) != set(FORMATS) or set(ACTIVATION_IDS) != set(ACTIVATIONS):
     raise RuntimeError("every format and activation needs its number in sparsebert/nn/layout.py")
+
+
+def room_for(held: Tensor | None, tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor that is there where another of the same shape and dtype is to be copied into it, else a copy."""
+    if held is not None and (held.shape, held.dtype) == (tensor.shape, tensor.dtype):
+        return held
+    return tensor.to(device, copy=True)

@@ -13,15 +13,14 @@ from torch.nn import functional as F
 from sparsebert.errors import UserError, unknown
 from sparsebert.formats import Dense, Format, parse_format
 from sparsebert.nn.choose import ROWS, Choice, Timer, choose
-from sparsebert.nn.layout import Layout
+from sparsebert.nn.layout import Layout, room_for
 from sparsebert.nn.masked import MaskedLinear
-from sparsebert.nn.structure import check_mask, check_weight
+from sparsebert.nn.structure import kept_of
 from sparsebert.ops._backend import OPS, Op, below_autograd
 from sparsebert.ops._linear import ACTIVATIONS, activate, is_supported
-from sparsebert.ops.bits import expand_grid, unpack_bits
 from sparsebert.ops.dense_linear import is_amd
 
-__all__ = ["SparseLinear", "mask_of"]
+__all__ = ["SparseLinear"]
 
 # Below so many rows the op `dense_linear` asks the same library as F.linear, and takes longer to do so.
 FEW_ROWS = 4
@@ -154,7 +153,7 @@ class SparseLinear(nn.Module):
             raise TypeError(f"linear: expected nn.Linear or MaskedLinear, got {type(linear).__name__}")
         if activation not in ACTIVATIONS:
             raise unknown("activation", activation, ACTIVATIONS)
-        kept = _kept(linear, mask)
+        kept = kept_of(linear, mask)
         weight = linear.weight.detach().to(_checked_dtype(dtype) or linear.weight.dtype)
         bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype, copy=True)
         choice = None
@@ -344,7 +343,7 @@ class SparseLinear(nn.Module):
             layout = Layout.read(state_dict[f"{prefix}layout"], f"{prefix}layout")
             names = layout.format.tensor_names()
             tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-            error = layout.mismatch((self.out_features, self.in_features), self.activation)
+            error = layout.mismatch((self.out_features, self.in_features), self._layout.activation)
             if error is not None:
                 error_msgs.append(f"{prefix}layout: {error}")
                 return
@@ -366,40 +365,12 @@ class SparseLinear(nn.Module):
         self._describe(layout)
         fresh = {name: tensor for name, tensor in stored.tensors().items() if name != "values"}
         held = {name: self._buffers.get(name) for name in fresh}
-        self._hold({name: _room(held[name], tensor, device) for name, tensor in fresh.items()})
-        self.layout = _room(self.layout, layout.tensor(device), device)
+        self._hold({name: room_for(held[name], tensor, device) for name, tensor in fresh.items()})
+        self.layout = room_for(self.layout, layout.tensor(device), device)
         if self.values.shape != stored.values.shape:
             room = torch.zeros(stored.values.shape, dtype=self.values.dtype, device=device)
             self.values = nn.Parameter(room, requires_grad=self.values.requires_grad)
         self.choice = None
-
-
-def mask_of(linear: nn.Module) -> Tensor | None:
-    """The mask of a `MaskedLinear`, bool `[N, K]`; None for any other module."""
-    if not isinstance(linear, MaskedLinear):
-        return None
-    return expand_grid(unpack_bits(linear.bits, linear.grid), linear.weight.shape)
-
-
-def _kept(linear: nn.Linear | MaskedLinear, mask: Tensor | None) -> Tensor:
-    """Where the weight is kept, from the arguments of `from_linear`, checked."""
-    weight = linear.weight
-    check_weight(weight)
-    own = mask_of(linear)
-    if own is not None and mask is not None:
-        raise UserError("mask: a MaskedLinear has its own; leave it out")
-    kept = own if mask is None else mask
-    if kept is None:
-        return weight.detach() != 0
-    check_mask(kept, weight)
-    return kept
-
-
-def _room(held: Tensor | None, tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor that is there where another of the same shape and dtype is to be copied into it, else a copy."""
-    if held is not None and (held.shape, held.dtype) == (tensor.shape, tensor.dtype):
-        return held
-    return tensor.to(device, copy=True)
 
 
 def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

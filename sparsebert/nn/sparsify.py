@@ -16,8 +16,8 @@ from sparsebert.errors import UserError
 from sparsebert.formats import parse_format
 from sparsebert.nn.choose import ROWS, Timer, choose
 from sparsebert.nn.masked import MaskedLinear
-from sparsebert.nn.sparse_linear import SparseLinear, mask_of
-from sparsebert.nn.structure import check_weight
+from sparsebert.nn.sparse_linear import SparseLinear
+from sparsebert.nn.structure import check_weight, mask_of
 
 __all__ = ["Replacement", "Sparsification", "sparsify"]
 

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Structure", "check_mask", "check_weight", "structure_of"]
+from sparsebert.errors import UserError
+from sparsebert.nn.masked import MaskedLinear
+from sparsebert.ops.bits import expand_grid, unpack_bits
+
+__all__ = ["Structure", "check_mask", "check_weight", "kept_of", "mask_of", "structure_of"]
 
 # Kernels on x86 take bf16 in pairs of columns and fp32 in single ones; the squares are for both.
 BLOCKS = {
@@ -132,3 +136,24 @@ def check_mask(mask: Tensor, weight: Tensor) -> None:
         raise ValueError(f"mask: expected {list(weight.shape)} like the weight, got {list(mask.shape)}")
     if mask.device != weight.device:
         raise ValueError(f"mask: expected on {weight.device} like the weight, got {mask.device}")
+
+
+def mask_of(linear: nn.Module) -> Tensor | None:
+    """The mask of a `MaskedLinear`, bool `[N, K]`; None for any other module."""
+    if not isinstance(linear, MaskedLinear):
+        return None
+    return expand_grid(unpack_bits(linear.bits, linear.grid), linear.weight.shape)
+
+
+def kept_of(linear: nn.Linear | MaskedLinear, mask: Tensor | None) -> Tensor:
+    """Where the weight is kept, from the arguments of `from_linear`, checked."""
+    weight = linear.weight
+    check_weight(weight)
+    own = mask_of(linear)
+    if own is not None and mask is not None:
+        raise UserError("mask: a MaskedLinear has its own; leave it out")
+    kept = own if mask is None else mask
+    if kept is None:
+        return weight.detach() != 0
+    check_mask(kept, weight)
+    return kept

@@ -1,7 +1,8 @@
-"""Ops: masks from scores, the layers trained under them, and the layers over stored weights."""
+"""Ops: masks from scores, layers trained under them, layers over stored weights, and what lies between these."""
 
 from __future__ import annotations
 
+from sparsebert.ops.add_layer_norm import add_layer_norm
 from sparsebert.ops.bits import pack_bits, unpack_bits
 from sparsebert.ops.block_sparse_linear import block_sparse_linear
 from sparsebert.ops.block_sparse_sddmm import block_sparse_sddmm
@@ -14,8 +15,10 @@ from sparsebert.ops.select_mask import select_mask, threshold_mask
 from sparsebert.ops.semi_structured_linear import semi_structured_linear
 from sparsebert.ops.unstructured_linear import unstructured_linear
 from sparsebert.ops.unstructured_sddmm import unstructured_sddmm
+from sparsebert.ops.varlen_attention import varlen_attention
 
 __all__ = [
+    "add_layer_norm",
     "block_sparse_linear",
     "block_sparse_sddmm",
     "dense_linear",
@@ -30,4 +33,5 @@ __all__ = [
     "unpack_bits",
     "unstructured_linear",
     "unstructured_sddmm",
+    "varlen_attention",
 ]

@@ -140,8 +140,8 @@ class Op:
                 )
             if not supported:
                 raise UserError(
-                    f"SPARSEBERT_BACKEND={forced}: {self.name} has no {forced} kernel for these dtypes (only the "
-                    "reference takes float64); unset it or use float32, bfloat16 or float16"
+                    f"SPARSEBERT_BACKEND={forced}: {self.name} has no {forced} kernel for these dtypes "
+                    "(float64 runs on the reference alone, and float16 mostly); unset it or use float32 or bfloat16"
                 )
             reason = self.missing(forced)
             if reason is not None:
