@@ -102,6 +102,12 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     return found
 
 
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the whole grids are asked for."""
+    return bool(request.config.getoption("--full"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same data in every run."""

@@ -37,7 +37,9 @@ class Binarize(torch.autograd.Function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rows", [128, 512, 2048, 4096])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def test_masked_linear(bench: Any, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+def test_masked_linear(bench: Any, full: bool, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    if not full and (shape, rows) != ((768, 768), 512):
+        pytest.skip("one of the cells of --full")
     n, k = shape
     x = torch.randn(rows, k, dtype=dtype, requires_grad=True)
     weight, scores = torch.randn(n, k), torch.randn(n, k, requires_grad=True)

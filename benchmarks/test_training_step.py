@@ -23,7 +23,9 @@ DTYPES = [torch.float32, *([torch.bfloat16] if has_native_bf16() else [])]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "batch", "seq"), CASES)
-def test_step_time(bench, shape: str, batch: int, seq: int, dtype: torch.dtype) -> None:
+def test_step_time(bench, full: bool, shape: str, batch: int, seq: int, dtype: torch.dtype) -> None:
+    if not full and (shape, batch) != ("minilm", 8):
+        pytest.skip("one of the cells of --full")
     from benchmarks.steps import KINDS, make_step
 
     steps = {kind: make_step(kind, shape, batch, seq, dtype) for kind in KINDS}
@@ -34,7 +36,9 @@ def test_step_time(bench, shape: str, batch: int, seq: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "batch", "seq"), [("minilm", 32, 64), ("bert-base", 8, 64)])
-def test_step_memory(bench, shape: str, batch: int, seq: int, dtype: torch.dtype) -> None:
+def test_step_memory(bench, full: bool, shape: str, batch: int, seq: int, dtype: torch.dtype) -> None:
+    if not full:
+        pytest.skip("one of the cells of --full")
     from benchmarks.steps import KINDS
 
     name = str(dtype).removeprefix("torch.")
