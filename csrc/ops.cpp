@@ -17,4 +17,7 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def(
       "split_weight_grad(Tensor product, Tensor weight, Tensor? bits, int[] grid, bool need_scores, "
       "bool need_weight) -> (Tensor, Tensor)");
+  m.def(
+      "soft_cross_entropy(Tensor student_logits, Tensor teacher_logits, Tensor? mask, float temperature, "
+      "bool need_grad) -> (Tensor, Tensor)");
 }
