@@ -20,4 +20,6 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def(
       "soft_cross_entropy(Tensor student_logits, Tensor teacher_logits, Tensor? mask, float temperature, "
       "bool need_grad) -> (Tensor, Tensor)");
+  m.def("hidden_mse(Tensor[] student, Tensor[] teacher, Tensor? token_mask, bool need_grad) -> (Tensor, Tensor[])");
+  m.def("hidden_cosine(Tensor[] student, Tensor[] teacher, Tensor? token_mask, bool need_grad) -> (Tensor, Tensor[])");
 }

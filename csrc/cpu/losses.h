@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -54,6 +56,18 @@ inline Dtype loss_dtype(const Tensor& tensor, const char* name) {
 inline Tensor scalar(double value) {
   const Tensor out = empty({}, ScalarType::Float);
   *data<float>(out) = static_cast<float>(value);
+  return out;
+}
+
+// A large tensor not yet written, in huge pages where the system gives them: faulting in 4 KiB at a time costs several
+// times what the losses take to compute. Only a hint: nothing depends on it.
+inline Tensor empty_large(std::vector<int64_t> sizes, ScalarType dtype) {
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const Tensor out = empty(std::move(sizes), dtype);
+  const auto bytes = static_cast<uintptr_t>(out.numel()) * (dtype == ScalarType::Float ? 4 : 2);
+  const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t first = (start + kHuge - 1) / kHuge * kHuge, last = (start + bytes) / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   return out;
 }
 

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> soft_cross_entropy(
   const uint8_t* keep = mask_bytes(mask, "mask", count);
   const double kept = static_cast<double>(std::max<int64_t>(count_kept(keep, count), 1));
   const Dtype dtype = loss_dtype(student, "student_logits");
-  Tensor grad = need_grad ? empty(sizes_of(student), student.scalar_type()) : empty({0}, student.scalar_type());
+  Tensor grad = need_grad ? empty_large(sizes_of(student), student.scalar_type()) : empty({0}, student.scalar_type());
   const SoftRows rows{dtype,
                       loss_dtype(teacher, "teacher_logits"),
                       student.const_data_ptr(),
