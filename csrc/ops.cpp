@@ -22,4 +22,13 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
       "bool need_grad) -> (Tensor, Tensor)");
   m.def("hidden_mse(Tensor[] student, Tensor[] teacher, Tensor? token_mask, bool need_grad) -> (Tensor, Tensor[])");
   m.def("hidden_cosine(Tensor[] student, Tensor[] teacher, Tensor? token_mask, bool need_grad) -> (Tensor, Tensor[])");
+  m.def(
+      "attention_kl(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? token_mask, "
+      "float student_scale, float teacher_scale, bool need_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_mse(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? token_mask, "
+      "float student_scale, float teacher_scale, bool on_scores, bool need_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "relation_kl(Tensor student, Tensor teacher, Tensor? token_mask, float student_scale, float teacher_scale, "
+      "bool need_grad) -> (Tensor, Tensor)");
 }
