@@ -70,7 +70,7 @@ Tensor heads_first(const Tensor& grad, bool need) { return need ? torch::stable:
 }  // namespace
 
 const MapKernels& map_kernels(Isa isa) {
-  if (isa == Isa::avx512) return avx512::kernels;
+  if (isa >= Isa::avx512) return avx512::kernels;
   if (isa == Isa::avx2) return avx2::kernels;
   return generic::kernels;
 }

@@ -14,7 +14,7 @@ std::tuple<Tensor, std::vector<Tensor>> hidden_cosine(
     std::vector<Tensor> student, std::vector<Tensor> teacher, std::optional<Tensor> token_mask, bool need_grad) {
   const HiddenLayers all = hidden_layers(student, teacher, token_mask, need_grad);
   const Isa isa = active_isa();
-  const auto run = isa == Isa::avx512 ? &avx512::run : isa == Isa::avx2 ? &avx2::run : &generic::run;
+  const auto run = isa >= Isa::avx512 ? &avx512::run : isa == Isa::avx2 ? &avx2::run : &generic::run;
   const double factor = 1 / all.kept;
   const double total = sum_over_tokens(all, [&](const char* s, const char* t, char* grad, int64_t rows) {
     return run(all.student_dtype, all.teacher_dtype, s, t, grad, rows, all.width, factor);

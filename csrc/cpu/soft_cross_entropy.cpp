@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> soft_cross_entropy(
 }  // namespace
 
 const SoftKernels& soft_kernels(Isa isa) {
-  if (isa == Isa::avx512) return avx512::kernels;
+  if (isa >= Isa::avx512) return avx512::kernels;
   if (isa == Isa::avx2) return avx2::kernels;
   return generic::kernels;
 }

@@ -1,4 +1,4 @@
-"""KL divergence between attention maps, from queries and keys: no map is ever stored, nor recomputed in the backward."""
+"""KL divergence between attention maps, from queries and keys: no map is stored, nor recomputed in the backward."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def check_maps(
     """Raise unless the four make two sets of attention maps of one shape."""
     named = {"student_q": student_q, "student_k": student_k, "teacher_q": teacher_q, "teacher_k": teacher_k}
     for name, tensor in named.items():
-        like = named["teacher_q" if name == "teacher_k" else "student_q"]
         against = "teacher_q" if name == "teacher_k" else "student_q"
+        like = named[against]
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a float tensor, got {tensor.dtype}")
         if tensor.dim() != 4 or tensor.shape[-1] == 0:
@@ -181,7 +181,9 @@ def setup_maps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def backward_maps(ctx: Any, grad_loss: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
     """The gradients of the student's tensors, which come first; none for the rest."""
-    gradients = (scaled(g, grad_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad))  # noqa: B905
+    saved = ctx.saved_tensors
+    needed = ctx.needs_input_grad[: len(saved)]
+    gradients = (scaled(g, grad_loss) if need else None for g, need in zip(saved, needed, strict=True))
     return *gradients, *[None] * ctx.constants
 
 
