@@ -63,12 +63,14 @@ def kept_entries(mask: Tensor | None, total: int, wide: torch.dtype, device: tor
     return mask.sum(dtype=wide).clamp(min=1)
 
 
-def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """`grad_loss * gradient` in the gradient's dtype; the gradient itself where that factor is 1.
+def scaled(gradient: Tensor, grad_loss: Tensor | None) -> Tensor | None:
+    """`grad_loss * gradient` in the gradient's dtype; the gradient itself where that factor is 1, None for None.
 
     Raises:
         NotImplementedError: a second derivative is being recorded; the saved gradient is a constant and has none.
     """
+    if grad_loss is None:
+        return None
     # Only for a plain tensor on the CPU is reading the number free of a wait and of a trace.
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling():
         if torch.is_grad_enabled():

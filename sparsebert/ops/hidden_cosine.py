@@ -22,8 +22,8 @@ def hidden_cosine(
     """Mean over layers and tokens of `1 - cos(student's state, teacher's state)`.
 
     The distillation term of TAMT (Liu et al., 2022), which counts padding too: give no mask for that. The cosine is
-    torch's `cosine_similarity`: lengths below 1e-8 are taken for 1e-8. Lengths and products are in float32, whatever
-    the dtype.
+    torch's `cosine_similarity`: lengths below 1e-8 are taken for 1e-8, a constant. Lengths and
+    products are in float32, whatever the dtype.
 
     Args:
         student: the mapped layers' states, `[batch, seq, width]` each, or stacked `[layers, batch, seq, width]`; any

@@ -77,7 +77,8 @@ def run_hidden(
     """Check the arguments of a loss on hidden states and call its op."""
     student, teacher = _as_list("student", student), _as_list("teacher", teacher)
     if len(student) != len(teacher) or not student:
-        raise ValueError(f"teacher: expected as many layers as student, at least 1, got {len(teacher)}, {len(student)}")
+        counts = f"{len(teacher)} and {len(student)}"
+        raise ValueError(f"teacher: expected as many layers as student, at least 1, got {counts}")
     first = student[0]
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         check_pair((f"student[{i}]", f"teacher[{i}]"), s, t)
