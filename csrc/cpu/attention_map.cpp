@@ -1,5 +1,7 @@
 #include "attention_map.h"
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -9,6 +11,17 @@ namespace {
 
 #define SB_FILE "attention_map.inc"
 #include "each_isa.inc"
+
+namespace avx512 {
+#include "attention_map_bf16.inc"
+}  // namespace avx512
+
+// SPARSEBERT_ISA=avx512 means no more than that.
+bool has_bf16_dot(Isa isa) {
+  if (isa > Isa::avx512) return true;
+  const char* word = std::getenv("SPARSEBERT_ISA");
+  return isa == Isa::avx512 && cpu().avx512_bf16 && (word == nullptr || *word == 0);
+}
 
 struct Side {
   const Tensor& q;
@@ -69,7 +82,8 @@ Tensor heads_first(const Tensor& grad, bool need) { return need ? torch::stable:
 
 }  // namespace
 
-const MapKernels& map_kernels(Isa isa) {
+const MapKernels& map_kernels(Isa isa, bool bf16) {
+  if (bf16 && has_bf16_dot(isa)) return avx512::dot_kernels;
   if (isa >= Isa::avx512) return avx512::kernels;
   if (isa == Isa::avx2) return avx2::kernels;
   return generic::kernels;
@@ -86,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_map_loss(
   STD_TORCH_CHECK(seq <= std::numeric_limits<int32_t>::max(), "student: the sequence is too long");
   const uint8_t* keep = mask_bytes(token_mask, "token_mask", batch * seq);
   const auto tokens = kept_tokens(keep, batch, seq);
-  const MapKernels& kernels = map_kernels(active_isa());
+  const bool bf16 = student_q.scalar_type() == ScalarType::BFloat16 && teacher_q.scalar_type() == ScalarType::BFloat16;
+  const MapKernels& kernels = map_kernels(active_isa(), bf16);
   double pairs = 0;
   int64_t floats = 0;  // not always most for the longest sequence
   for (const auto& kept : tokens) {

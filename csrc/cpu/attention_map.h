@@ -40,7 +40,8 @@ struct MapKernels {
   int64_t (*floats)(int64_t tokens, int64_t student_width, int64_t teacher_width);
 };
 
-const MapKernels& map_kernels(Isa isa);
+// `bf16`: student and teacher both are.
+const MapKernels& map_kernels(Isa isa, bool bf16);
 
 // Loss and the gradients to q and k of the student ([0] where not needed): [batch, heads, seq, width] all, any strides
 // but the last, which is 1. With `one`, q and k are the same tensor and the first gradient is the sum of both.
