@@ -32,4 +32,18 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor");
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def(
+      "soft_cross_entropy(Tensor student_logits, Tensor teacher_logits, Tensor? mask, float temperature, "
+      "bool need_grad) -> (Tensor, Tensor)");
+  m.def("hidden_mse(Tensor[] student, Tensor[] teacher, Tensor? token_mask, bool need_grad) -> (Tensor, Tensor[])");
+  m.def("hidden_cosine(Tensor[] student, Tensor[] teacher, Tensor? token_mask, bool need_grad) -> (Tensor, Tensor[])");
+  m.def(
+      "attention_kl(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? token_mask, "
+      "float student_scale, float teacher_scale, bool need_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_mse(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? token_mask, "
+      "float student_scale, float teacher_scale, bool on_scores, bool need_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "relation_kl(Tensor student, Tensor teacher, Tensor? token_mask, float student_scale, float teacher_scale, "
+      "bool need_grad) -> (Tensor, Tensor)");
 }

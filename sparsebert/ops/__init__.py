@@ -1,34 +1,46 @@
-"""Ops: masks from scores, layers trained under them, layers over stored weights, and what lies between these."""
+"""Ops: masks from scores, layers trained under them or over stored weights, what lies between, distillation losses."""
 
 from __future__ import annotations
 
 from sparsebert.ops.add_layer_norm import add_layer_norm
+from sparsebert.ops.attention_kl import attention_kl
+from sparsebert.ops.attention_mse import attention_mse
 from sparsebert.ops.bits import pack_bits, unpack_bits
 from sparsebert.ops.block_sparse_linear import block_sparse_linear
 from sparsebert.ops.block_sparse_sddmm import block_sparse_sddmm
 from sparsebert.ops.dense_linear import dense_linear
+from sparsebert.ops.hidden_cosine import hidden_cosine
+from sparsebert.ops.hidden_mse import hidden_mse
 from sparsebert.ops.masked_embedding import masked_embedding
 from sparsebert.ops.masked_linear import masked_linear
 from sparsebert.ops.masked_weight import masked_weight
 from sparsebert.ops.nm_mask import nm_mask
+from sparsebert.ops.relation_kl import relation_kl
 from sparsebert.ops.select_mask import select_mask, threshold_mask
 from sparsebert.ops.semi_structured_linear import semi_structured_linear
+from sparsebert.ops.soft_cross_entropy import soft_cross_entropy
 from sparsebert.ops.unstructured_linear import unstructured_linear
 from sparsebert.ops.unstructured_sddmm import unstructured_sddmm
 from sparsebert.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "add_layer_norm",
+    "attention_kl",
+    "attention_mse",
     "block_sparse_linear",
     "block_sparse_sddmm",
     "dense_linear",
+    "hidden_cosine",
+    "hidden_mse",
     "masked_embedding",
     "masked_linear",
     "masked_weight",
     "nm_mask",
     "pack_bits",
+    "relation_kl",
     "select_mask",
     "semi_structured_linear",
+    "soft_cross_entropy",
     "threshold_mask",
     "unpack_bits",
     "unstructured_linear",

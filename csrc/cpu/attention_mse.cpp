@@ -1,0 +1,23 @@
+// Mean squared distance of a student's attention maps or scores from a teacher's, and its gradients to q and k.
+
+#include <torch/csrc/stable/library.h>
+
+#include "attention_map.h"
+
+namespace sparsebert {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> attention_mse(
+    Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, std::optional<Tensor> token_mask,
+    double student_scale, double teacher_scale, bool on_scores, bool need_grad) {
+  return attention_map_loss(
+      student_q, student_k, teacher_q, teacher_k, token_mask, student_scale, teacher_scale,
+      on_scores ? MapLoss::score_mse : MapLoss::mse, false, need_grad);
+}
+
+}  // namespace
+}  // namespace sparsebert
+
+STABLE_TORCH_LIBRARY_IMPL(sparsebert, CPU, m) {
+  m.impl("attention_mse", TORCH_BOX(&sparsebert::attention_mse));
+}

@@ -1,0 +1,87 @@
+"""What the distillation losses share: checks, when a gradient is wanted, and its scaling in the backward.
+
+Each loss op returns the gradient for a loss of weight 1 beside the loss: both need the same differences, exponentials
+and products, so the backward has only to scale it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LOSS_DTYPES", "check_mask", "check_pair", "kept_entries", "scaled", "wants_gradient", "wide_dtype"]
+
+LOSS_DTYPES = (torch.float32, torch.bfloat16)
+"""What the compiled bodies take; other dtypes go to the reference."""
+
+
+def check_pair(names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
+    """Raise unless the two are float tensors of one shape on one device."""
+    for name, tensor in zip(names, (student, teacher), strict=True):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a float tensor, got {tensor.dtype}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"{names[1]}: expected {list(student.shape)} like {names[0]}, got {list(teacher.shape)}; map the layers or "
+            "classes before"
+        )
+    if teacher.device != student.device:
+        raise ValueError(f"{names[1]}: expected on {student.device} like {names[0]}, got {teacher.device}")
+
+
+def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """Raise unless `mask` is None or a bool tensor of `shape`."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
+        hint = "; an attention mask of 0 and 1 becomes one by .bool()" if mask.dtype != torch.bool else ""
+        raise ValueError(f"{name}: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}{hint}")
+    if mask.device != device:
+        raise ValueError(f"{name}: expected on {device} like the student, got {mask.device}")
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of any of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype a reference computes in: the widest of the tensors', float32 at the least."""
+    wide = torch.float32
+    for tensor in tensors:
+        wide = torch.promote_types(wide, tensor.dtype)
+    return wide
+
+
+def kept_entries(mask: Tensor | None, total: int, wide: torch.dtype, device: torch.device) -> Tensor:
+    """How many entries count, as a number to divide by: at least 1."""
+    if mask is None:
+        return torch.tensor(float(max(total, 1)), dtype=wide, device=device)
+    return mask.sum(dtype=wide).clamp(min=1)
+
+
+def scaled(gradient: Tensor, grad_loss: Tensor | None) -> Tensor | None:
+    """`grad_loss * gradient` in the gradient's dtype; the gradient itself where that factor is 1, None for None.
+
+    Raises:
+        NotImplementedError: a second derivative is being recorded; the saved gradient is a constant and has none.
+    """
+    if grad_loss is None:
+        return None
+    # Only for a plain tensor on the CPU is reading the number free of a wait and of a trace.
+    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            raise NotImplementedError("distillation losses have no second derivatives; drop create_graph=True")
+        if grad_loss.item() == 1.0:
+            return gradient
+    return (gradient * grad_loss).to(gradient.dtype)
+
+
+def keep_gradients(ctx: Any, gradients: Sequence[Tensor]) -> None:
+    """Save an op's gradients for its backward; nothing flows back through these outputs themselves."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)

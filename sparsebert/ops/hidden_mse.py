@@ -1,0 +1,141 @@
+"""Mean squared distance between hidden states of mapped layers, padding left out, loss and gradient in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsebert.ops._backend import Op
+from sparsebert.ops._losses import (
+    LOSS_DTYPES,
+    check_mask,
+    check_pair,
+    keep_gradients,
+    kept_entries,
+    scaled,
+    wants_gradient,
+    wide_dtype,
+)
+
+__all__ = ["hidden_mse", "hidden_mse_reference"]
+
+
+def hidden_mse(
+    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], token_mask: Tensor | None = None
+) -> Tensor:
+    """Sum over layers, tokens and width of the squared difference, over layers · tokens · width.
+
+    The hidden-state term of TinyBERT (Jiao et al., 2020, eq. 8), of SPD (which sums over the layers: multiply by their
+    number) and of CR-ILD, for all layers in one pass. All arithmetic is in float32, whatever the dtype.
+
+    Args:
+        student: the mapped layers' states, `[batch, seq, width]` each, or stacked `[layers, batch, seq, width]`; any
+            float dtype; the gradient flows here only.
+        teacher: as many, of the same shape; treated as constant. A student of another width is projected before.
+        token_mask: `[batch, seq]` bool, True where there is a token; None means everywhere. With no token at all the
+            loss is 0. Whatever stands at a padded place, a NaN too, does not count and gets a zero gradient.
+
+    Returns:
+        Scalar float32 (float64 if the states are).
+
+    Raises:
+        ValueError: layers, shapes, dtypes or devices that do not fit, named.
+        TypeError: states that are not floats.
+    """
+    return run_hidden(_op, student, teacher, token_mask)
+
+
+def hidden_mse_reference(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], token_mask: Tensor | None, need_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The definition: `(loss, its gradient to each student layer)`; the list is empty where not needed."""
+    wide = wide_dtype(student[0], teacher[0])
+    keep, kept = kept_tokens(student, token_mask, wide)
+    count = kept * max(student[0].shape[-1], 1)
+    zero = torch.zeros((), dtype=wide, device=student[0].device)
+    # where, not a product: a NaN at a padded place must not count.
+    differences = [torch.where(keep, s.to(wide) - t.to(wide), zero) for s, t in zip(student, teacher, strict=True)]
+    loss = torch.stack([difference.square().sum() for difference in differences]).sum() / count
+    gradients = [(2 * difference / count).to(student[0].dtype) for difference in differences] if need_grad else []
+    return loss, gradients
+
+
+def kept_tokens(student: Sequence[Tensor], token_mask: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`(bool that broadcasts over a layer, tokens of all layers that count)`, the latter at least 1."""
+    like = student[0]
+    keep = torch.ones(like.shape[-3:-1], dtype=torch.bool, device=like.device) if token_mask is None else token_mask
+    layers = len(student) * (like.shape[0] if like.dim() == 4 else 1)
+    return keep.unsqueeze(-1), (kept_entries(keep, keep.numel(), wide, like.device) * layers).clamp(min=1)
+
+
+def run_hidden(
+    op: Op, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], token_mask: Tensor | None
+) -> Tensor:
+    """Check the arguments of a loss on hidden states and call its op."""
+    student, teacher = _as_list("student", student), _as_list("teacher", teacher)
+    if len(student) != len(teacher) or not student:
+        counts = f"{len(teacher)} and {len(student)}"
+        raise ValueError(f"teacher: expected as many layers as student, at least 1, got {counts}")
+    first = student[0]
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        check_pair((f"student[{i}]", f"teacher[{i}]"), s, t)
+        if s.shape != first.shape or s.dtype != first.dtype or s.device != first.device:
+            raise ValueError(
+                f"student[{i}]: expected {first.dtype} {list(first.shape)} on {first.device} like student[0], got "
+                f"{s.dtype} {list(s.shape)} on {s.device}"
+            )
+        if t.dtype != teacher[0].dtype:
+            raise ValueError(f"teacher[{i}]: expected {teacher[0].dtype} like teacher[0], got {t.dtype}")
+    check_mask("token_mask", token_mask, first.shape[-3:-1], first.device)
+    supported = first.dtype in LOSS_DTYPES and teacher[0].dtype in LOSS_DTYPES
+    if supported:
+        student, teacher = [s.contiguous() for s in student], [t.contiguous() for t in teacher]
+        token_mask = None if token_mask is None else token_mask.contiguous()
+    # The registered formula: an autograd.Function of tensors in a list would not see them.
+    loss, _ = op.pick(first.device, supported)(
+        student, [t.detach() for t in teacher], token_mask, wants_gradient(*student)
+    )
+    return loss
+
+
+def _as_list(name: str, states: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(states, Tensor):
+        if states.dim() not in (3, 4):
+            raise ValueError(f"{name}: expected [(layers,) batch, seq, width], got {list(states.shape)}")
+        return [states]
+    for i, state in enumerate(states):
+        if state.dim() != 3:
+            raise ValueError(f"{name}[{i}]: expected [batch, seq, width], got {list(state.shape)}")
+    return list(states)
+
+
+def fake_hidden(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], token_mask: Any, need_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Shapes and dtypes of a loss on hidden states and its gradients."""
+    loss = student[0].new_empty((), dtype=wide_dtype(student[0], teacher[0]))
+    return loss, [state.new_empty(tuple(state.shape)) for state in student] if need_grad else []
+
+
+def setup_hidden(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    """Save the gradients; for the registration of an op on lists of layers."""
+    keep_gradients(ctx, output[1])
+    ctx.layers = len(inputs[0])
+
+
+def backward_hidden(ctx: Any, grad_loss: Tensor, _unused: Any) -> tuple[Any, ...]:
+    """The gradient of each student layer; none for teacher and mask."""
+    needed = ctx.needs_input_grad[0]
+    gradients = [scaled(g, grad_loss) if need else None for g, need in zip(ctx.saved_tensors, needed, strict=True)]
+    return gradients, [None] * ctx.layers, None, None
+
+
+def hidden_op(name: str, reference: Callable[..., Any]) -> Op:
+    """Register a loss on lists of hidden states."""
+    return Op(name, reference, fake_hidden, backward=backward_hidden, setup_context=setup_hidden)
+
+
+_op = hidden_op("hidden_mse", hidden_mse_reference)
