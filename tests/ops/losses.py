@@ -40,6 +40,8 @@ class LossPromises:
     large: ClassVar[tuple[int, ...]]
     """A size of several tasks for several threads."""
     small: ClassVar[tuple[int, ...]]
+    floor: ClassVar[float] = 0.0
+    """Error the loss may have whatever torch's is: a rounding of the numbers near 1 that it is a difference of."""
     spread: ClassVar[float] = 1.5
     """Standard deviation of the numbers: a loss near its minimum is a small difference of large ones."""
 
@@ -87,8 +89,11 @@ class LossPromises:
     def compare(self, within: Within, case: Case) -> None:
         results = self.run(case)
         usual, exact = self.run(case, self.plain), self.run(case.cast(torch.float64), self.plain)
-        for i, (result, own, truth) in enumerate(zip(results, usual, exact, strict=True)):
-            within(result.detach(), own.detach(), truth.detach(), 2.0 if i == 0 else 3.0, tiny=True)
+        # The loss is one number, on which torch may be exact by chance.
+        if not abs(results[0].item() - exact[0].item()) <= self.floor:
+            within(results[0].detach(), usual[0].detach(), exact[0].detach(), 2.0, tiny=True)
+        for result, own, truth in zip(results[1:], usual[1:], exact[1:], strict=True):
+            within(result, own, truth, 3.0, tiny=True)
         assert results[0].dtype == torch.float32 and results[0].shape == ()
         assert all(g.dtype == s.dtype for g, s in zip(results[1:], case.student, strict=True))
 

@@ -34,6 +34,7 @@ def by_kl_div(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 
 class TestAttentionKl(LossPromises):
     name = "attention_kl"
+    floor = torch.finfo(torch.float32).eps
     # batch, heads, seq, the student's width, the teacher's
     sizes: Any = (
         (1, 1, 1, 2, 2), (2, 3, 5, 4, 8), (1, 2, 6, 3, 1), (2, 1, 16, 16, 16), (2, 2, 17, 20, 33), (1, 3, 48, 8, 4),

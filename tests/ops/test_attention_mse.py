@@ -23,6 +23,7 @@ def mean_over_pairs(difference: Tensor, mask: Tensor | None) -> Tensor:
 
 class TestOnProbabilities(OnMaps):
     name = "attention_mse"
+    floor = 0.0
     on = "probabilities"
 
     def loss_of(self, *arguments: Any, **named: Any) -> Tensor:
