@@ -103,6 +103,12 @@ def test_training(bench: Any, format: str, sparsity: float) -> None:
     layer = SparseLinear.from_linear(linear, format=format, trainable=True)
     dense = nn.Linear(shape[1], shape[0])
     x, grad = torch.randn(512, shape[1], requires_grad=True), torch.randn(512, shape[0])
+    check_close(layer, linear, x.detach())
+    before, exact = layer.weight.detach(), (grad.double().t() @ x.detach().double()) * layer.stored
+    layer(x).backward(grad)
+    torch.optim.SGD(layer.parameters(), lr=1.0).step()
+    moved = before.double() - layer.weight.detach().double()
+    assert (moved - exact).abs().max() <= 1e-5 * exact.abs().max()
 
     def step(module: nn.Module) -> None:
         module(x).backward(grad)
@@ -133,9 +139,12 @@ def test_instruction_sets(bench: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 
         return call
 
-    monkeypatch.setenv("SPARSEBERT_ISA", "")
+    sets = ("avx512_bf16", "avx512", "avx2", "generic")
+    for isa in sets:
+        monkeypatch.setenv("SPARSEBERT_ISA", isa)
+        check_close(layer, linear, x.float())
     with torch.inference_mode():
-        calls = {isa: under(isa) for isa in ("avx512_bf16", "avx512", "avx2", "generic")}
+        calls = {isa: under(isa) for isa in sets}
         timings = bench.interleave(calls)
     named = {"kind": kind, "sparsity": sparsity}
     bench.row("instruction_sets", named, timings, subject="avx512_bf16")
@@ -147,6 +156,7 @@ def test_dense_fallback(bench: Any, shape: tuple[int, int], rows: int) -> None:
     """What a layer that keeps its dense weight gets, fp32: SparseLinear's dense format against nn.Linear."""
     linear, x = nn.Linear(shape[1], shape[0]).requires_grad_(False), torch.randn(rows, shape[1])
     layer = SparseLinear.from_linear(linear, format="dense")
+    check_close(layer, linear, x)
     onednn = torch.ops.mkldnn._linear_pointwise
     calls = {
         "sparsebert dense": lambda: layer(x),
