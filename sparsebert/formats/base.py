@@ -171,6 +171,9 @@ class Format(ABC):
 
 def kept_of(weight: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of what is kept, bool `[N, K]`, from the arguments of `from_dense`, checked."""
+    for name, tensor in (("weight", weight), ("mask", mask)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected float [N, K], got {weight.dtype} {list(weight.shape)}")
     if weight.layout != torch.strided or weight.is_meta:
