@@ -57,9 +57,8 @@ def sparsify(
     may be in use elsewhere (tied weights, hooks, parametrizations), is left as it is. With `format="auto"` a layer is
     replaced only where a sparse format was measured to be faster on this machine, see `choose`; layers of equal shape
     and structure share one measurement. `model.sparsification` then says what was done, and why.
-
-    The state_dict has tensors only, and loads into a model sparsified in any other way, or by `load_sparsified` into
-    one that is not; the `from_pretrained` of transformers does not know sparse layers.
+    Its state_dict loads into a model sparsified in any way, or by `load_sparsified` into an ordinary one, while the
+    `from_pretrained` of transformers does not know sparse layers.
 
     Args:
         model: any module that holds linear layers, with its weights loaded.
@@ -70,9 +69,8 @@ def sparsify(
         rows: numbers of rows of x (tokens in a batch) that matter to "auto".
         include, exclude: shell patterns of dotted names (`"encoder.*"`); only what matches `include` is looked at, and
             nothing that matches `exclude`.
-        trainable: as `SparseLinear.from_linear` has it: None, weights and biases require gradients where they did, and
-            the report says which weights are frozen because their format stores pruned ones too; True, no such format
-            is taken, and "auto" measures forward and backward; False, all are frozen.
+        trainable: as for `SparseLinear.from_linear`. With None weights and biases require gradients where they did; the
+            report names the weights that are frozen because their format stores pruned ones too.
         timer: measures in `choose`'s place.
 
     Returns:
@@ -82,21 +80,15 @@ def sparsify(
         UserError: a setting that cannot be, a pattern that matches no linear layer, or a model that is itself a linear
             layer. TypeError: not a module.
     """
-    _check(model, min_sparsity, dtype)
-    if format != "auto":
-        parse_format(format)
+    _check(model, min_sparsity, format, dtype)
     wanted = _Wanted(min_sparsity, format, checked_rows(rows), trainable, timer)
     places = _places(model)
     chosen = _matching(places, include, exclude)
     if dtype is not None:
         model.to(dtype)
-    shared = _shared(model)
-    adapted = _adapted(model)
-    records = []
+    shared, adapted, records = _shared(model), _adapted(model), []
     for name, (module, parents) in places.items():
-        why: str | None = "excluded"
-        if name in chosen:
-            why = adapted.get(id(module)) or _why_not(name, module, parents, shared)
+        why = (adapted.get(id(module)) or _why_not(name, module, parents, shared)) if name in chosen else "excluded"
         record, sparse = _left(name, module, why) if why else _converted(name, module, wanted)
         records.append(record)
         if sparse is not None:
@@ -108,7 +100,7 @@ def sparsify(
     return model
 
 
-def _check(model: object, min_sparsity: float, dtype: torch.dtype | None) -> None:
+def _check(model: object, min_sparsity: float, format: str, dtype: torch.dtype | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.Linear, MaskedLinear, SparseLinear)):
@@ -118,6 +110,8 @@ def _check(model: object, min_sparsity: float, dtype: torch.dtype | None) -> Non
         )
     if not isinstance(min_sparsity, (int, float)) or not 0 <= min_sparsity <= 1:
         raise UserError(f"min_sparsity: expected a share from 0 to 1, got {min_sparsity!r}")
+    if format != "auto":
+        parse_format(format)
     check_dtype(dtype)
 
 
