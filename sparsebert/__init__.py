@@ -17,6 +17,7 @@ _PUBLIC: dict[str, str] = {
     "Masks": "sparsebert.nn",
     "Matrix": "sparsebert.patterns",
     "SparseLinear": "sparsebert.nn",
+    "load_sparsified": "sparsebert.nn",
     "parse_pattern": "sparsebert.patterns",
     "sparsify": "sparsebert.nn",
 }

@@ -15,9 +15,9 @@ class UserError(ValueError):
     """
 
 
-def unknown(kind: str, word: str, known: Iterable[str]) -> UserError:
+def unknown(kind: str, word: object, known: Iterable[str]) -> UserError:
     """The error for a word that is none of the known ones: names the word, the nearest known one, and all of them."""
     choices = sorted(known)
-    near = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(word).lower(), choices, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {kind} {word!r}{hint} (known: {', '.join(choices)})")

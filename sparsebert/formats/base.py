@@ -144,8 +144,11 @@ class Format(ABC):
         ):
             if given - wanted or needed - given:
                 raise ValueError(f"{what}: {cls.name} expects {sorted(wanted)}, got {sorted(given)}")
-        if len(shape) != 2 or min(shape) < 0:
-            raise ValueError(f"shape: expected (N, K), got {tuple(shape)}")
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if not is_pair(shape) or min(shape) < 0:
+            raise ValueError(f"shape: expected (N, K), got {shape!r}")
         fields: dict[str, Any] = {**tensors, **options, "shape": (int(shape[0]), int(shape[1]))}
         made = cls(**fields)
         made.check()
@@ -171,17 +174,27 @@ class Format(ABC):
 
 def kept_of(weight: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of what is kept, bool `[N, K]`, from the arguments of `from_dense`, checked."""
+    for name, tensor in (("weight", weight), ("mask", mask)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected float [N, K], got {weight.dtype} {list(weight.shape)}")
     if weight.layout != torch.strided or weight.is_meta:
         raise ValueError(f"weight: expected a dense tensor with data, got {weight.layout} on {weight.device}")
     if mask is None:
         return weight != 0
+    if mask.layout != torch.strided:
+        raise ValueError(f"mask: expected a dense tensor, got {mask.layout}")
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(f"mask: expected bool {list(weight.shape)} like weight, got {mask.dtype} {list(mask.shape)}")
     if mask.device != weight.device:
         raise ValueError(f"mask: expected on {weight.device} like weight, got {mask.device}")
     return mask
+
+
+def is_pair(value: object) -> bool:
+    """Whether `value` is two ints in a row."""
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(number, int) for number in value)
 
 
 def masked(weight: Tensor, kept: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsebert.formats.base import Format, check_content, check_tensor, kept_of, masked
+from sparsebert.formats.base import Format, check_content, check_tensor, is_pair, kept_of, masked
 from sparsebert.ops.block_sparse_linear import block_rows, block_sparse_linear
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ class Blocks(Format):
 
 
 def _checked(block: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block: expected (R, C) with both at least 1, got {tuple(block)}")
+    if not is_pair(block) or min(block) < 1:
+        raise ValueError(f"block: expected (R, C) with both at least 1, got {block!r}")
     r, c = int(block[0]), int(block[1])
     if shape[0] % r or shape[1] % c:
         raise ValueError(f"block: {r}x{c} does not divide the weight [{shape[0]}, {shape[1]}]")

@@ -31,9 +31,13 @@ def parse_format(spelling: str) -> tuple[type[Format], dict[str, Any]]:
         spelling: "unstructured", "blocks:RxC", "semi_structured:n:m", "compact" or "dense".
 
     Raises:
-        UserError: a spelling that is none of these.
+        TypeError: no string. UserError: a spelling that is none of these.
     """
+    if not isinstance(spelling, str):
+        raise TypeError(f"format: expected the spelling of one, e.g. 'blocks:8x2', got {spelling!r}")
     name, _, rest = spelling.strip().partition(":")
+    if name.isdecimal():
+        raise UserError(f"unknown format {spelling!r}; did you mean 'semi_structured:{spelling.strip()}'?")
     if name not in FORMATS:
         raise unknown("format", name, FORMATS)
     if name not in _OPTIONS:

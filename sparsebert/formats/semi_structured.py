@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsebert.formats.base import Format, check_content, check_tensor, kept_of, masked
+from sparsebert.formats.base import Format, check_content, check_tensor, is_pair, kept_of, masked
 from sparsebert.formats.unstructured import transposed_tiles
 from sparsebert.ops.semi_structured_linear import MAX_M, position_bits, semi_structured_linear, stored_columns
 
@@ -95,8 +95,8 @@ class SemiStructured(Format):
 
 
 def _checked(pattern: Sequence[int], k: int) -> tuple[int, int]:
-    if len(pattern) != 2 or not 1 <= pattern[0] <= pattern[1] <= MAX_M:
-        raise ValueError(f"pattern: expected (n, m) with 1 <= n <= m <= {MAX_M}, got {tuple(pattern)}")
+    if not is_pair(pattern) or not 1 <= pattern[0] <= pattern[1] <= MAX_M:
+        raise ValueError(f"pattern: expected (n, m) with 1 <= n <= m <= {MAX_M}, got {pattern!r}")
     n, m = int(pattern[0]), int(pattern[1])
     if k % m:
         raise ValueError(f"pattern: {n}:{m} does not divide the weight's {k} columns")

@@ -37,6 +37,8 @@ def padding_free(model: nn.Module, enabled: bool = True) -> nn.Module:
     Where the linear before the feed-forward activation has a word `activation` ("none"), as `SparseLinear` does, it is
     set to the activation's, so that both run in one pass. Call again after replacing linears for that.
 
+    Under `torch.compile` the graph breaks where the real tokens are counted; without a mask it is in one piece.
+
     Args:
         model: such a base model, or any module that holds one (`TaskModel`, `BertForSequenceClassification`, ...).
         enabled: False brings back the ordinary forward.
@@ -45,12 +47,14 @@ def padding_free(model: nn.Module, enabled: bool = True) -> nn.Module:
         `model`.
 
     Raises:
-        UserError: there is no such base model in it, or one that is a decoder, has cross-attention or relative
-            positions, or has had its forward replaced by something else.
+        TypeError: not a module. UserError: there is no such base model in it, or one that is a decoder, has
+            cross-attention or relative positions, or has had its forward replaced by something else.
 
     The forward then raises a ValueError for `output_attentions=True` (the probabilities are never stored), a mask that
     is not `[batch, seq]`, and a decoder's arguments.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     bases = [(module, family) for module in model.modules() if (family := _family(module)) is not None]
     if not bases:
         raise UserError(

@@ -3,8 +3,10 @@
 from sparsebert.nn.choose import Choice, choose
 from sparsebert.nn.masked import MaskedEmbedding, MaskedLinear
 from sparsebert.nn.masks import Masks
+from sparsebert.nn.remember import forget_choices
 from sparsebert.nn.sparse_linear import SparseLinear
-from sparsebert.nn.sparsify import Replacement, Sparsification, sparsify
+from sparsebert.nn.sparsification import Replacement, Sparsification
+from sparsebert.nn.sparsify import load_sparsified, sparsify
 
 __all__ = [
     "Choice",
@@ -15,5 +17,7 @@ __all__ = [
     "SparseLinear",
     "Sparsification",
     "choose",
+    "forget_choices",
+    "load_sparsified",
     "sparsify",
 ]

@@ -89,7 +89,10 @@ class Choice:
         name = min(rivals, key=lambda rival: sum(rivals[rival]))
         ratios = [dense / own for dense, own in zip(self.dense, rivals[name], strict=True)]
         listed = ", ".join(f"{ratio:.2f}x at {rows} rows" for ratio, rows in zip(ratios, self.rows, strict=True))
-        return f"no sparse format is faster than dense at every number of rows; the best, {name}, runs at {listed}"
+        return (
+            f"no sparse format is {MARGIN:.0%} faster than dense at every number of rows; "
+            f"the best, {name}, runs at {listed}"
+        )
 
     def __str__(self) -> str:
         heads = ["format", *(f"{rows} rows" for rows in self.rows), ""]
@@ -101,9 +104,10 @@ class Choice:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *body)
         ]
-        return "\n".join(
-            [*(line.rstrip() for line in lines), *(f"{name}: left out, {why}" for name, why in self.left_out.items())]
-        )
+        notes = [f"{name}: left out, {why}" for name, why in self.left_out.items()]
+        if self.remembered:
+            notes.append("remembered from an earlier measurement; after forget_choices() it is made anew")
+        return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 
 def choose(
@@ -130,12 +134,13 @@ def choose(
         rows: numbers of rows of x `[rows, K]` that matter.
         trainable: measure forward and backward, among the formats that store no pruned weight.
         timer: measures the calls; `measure` where None.
-        use_memory: False to measure anew, and to leave what is remembered as it is.
+        use_memory: False to measure anew, and to leave what is remembered as it is. To measure anew for good, as
+            after a measurement on a busy machine, call `forget_choices()` first.
 
     Raises:
         UserError: `rows` that are no positive numbers. ValueError, TypeError: a weight or mask that does not fit.
     """
-    counts = _checked_rows(rows)
+    counts = checked_rows(rows)
     structure = structure_of(weight, mask)
     key = _key(structure, weight, bias is not None, activation, counts, trainable, timer)
     known = _from_json(memory.recall(key)) if use_memory else None
@@ -173,7 +178,8 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _checked_rows(rows: Sequence[int]) -> tuple[int, ...]:
+def checked_rows(rows: Sequence[int]) -> tuple[int, ...]:
+    """`rows` in order, each once; a UserError where they are no positive numbers."""
     counts = tuple(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else ()
     if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
         raise UserError(f"rows: expected numbers of rows of x, at least one and each at least 1, got {rows!r}")

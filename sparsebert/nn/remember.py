@@ -20,7 +20,7 @@ import torch
 
 from sparsebert import __version__, _build, _load
 
-__all__ = ["forget", "machine", "path", "recall", "remember"]
+__all__ = ["forget_choices", "machine", "path", "recall", "remember"]
 
 VERSION = 1
 # One entry is about a kilobyte; the oldest go first.
@@ -75,10 +75,12 @@ def remember(key: str, entry: dict[str, Any]) -> None:
             _write(file, dict(list(entries.items())[-MOST:]))
 
 
-def forget(key: str | None = None) -> None:
-    """Forgets one key, or all of this process's, so that the next `recall` reads the file again."""
-    for place in [place for place in _memo if key in (None, place[1])]:
-        del _memo[place]
+def forget_choices() -> None:
+    """Forgets every remembered choice, the file's too, so that the next ones are measured anew."""
+    file = path()
+    _memo.clear()
+    with contextlib.suppress(OSError), _locked(file.with_suffix(".lock")):
+        file.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> dict[str, Any]:

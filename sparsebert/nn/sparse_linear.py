@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from sparsebert.errors import UserError, unknown
 from sparsebert.formats import Dense, Format, parse_format
 from sparsebert.nn.choose import ROWS, Choice, Timer, choose
-from sparsebert.nn.layout import Layout, room_for
+from sparsebert.nn.layout import Layout
 from sparsebert.nn.masked import MaskedLinear
-from sparsebert.nn.structure import kept_of
+from sparsebert.nn.stored_weight import StoredWeight, nothing_stored
+from sparsebert.nn.structure import check_dtype, kept_of
 from sparsebert.ops._backend import OPS, Op, below_autograd
-from sparsebert.ops._linear import ACTIVATIONS, activate, is_supported
+from sparsebert.ops._linear import ACTIVATIONS, activate, check_operands, is_supported
 from sparsebert.ops.dense_linear import is_amd
 
 __all__ = ["SparseLinear"]
@@ -28,7 +29,7 @@ FEW_ROWS = 4
 _layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(StoredWeight):
     """`activation(x @ W^T + bias)` for x `[..., in]`, with W stored in one of `sparsebert.formats`.
 
     Usually made by `from_linear` or `sparsify`. Made by its constructor it has nothing but zeros (bias too) and waits
@@ -36,7 +37,8 @@ class SparseLinear(nn.Module):
 
     The stored weights, `values`, and the bias are parameters; where the weights lie is in buffers, `layout` among
     them, which says how to read the others. So a state_dict has tensors only, and its indices are validated when it
-    is loaded. Training changes stored weights alone: those that are pruned stay so.
+    is loaded. Training changes stored weights alone: those that are pruned stay so. A format that stores some of the
+    pruned weights too (`exact` is False) would let them grow: there `values` is frozen.
 
     Args:
         in_features, out_features: K and N of the weight `[N, K]`.
@@ -47,14 +49,11 @@ class SparseLinear(nn.Module):
         trainable: whether the parameters require gradients.
 
     Raises:
-        UserError: a format or activation that is not known, or a format that sizes of this layer do not fit.
+        UserError: a size, format or activation that cannot be. ValueError: a format that the sizes do not fit.
     """
 
     choice: Choice | None
     """Why this format: the measurements that `format="auto"` chose by, else None. Not saved."""
-    layout: Tensor
-    values: Tensor
-    bias: Tensor | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseLinear:
         layer = super().__new__(cls)
@@ -70,39 +69,30 @@ class SparseLinear(nn.Module):
         activation: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        trainable: bool = False,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
         if format == "auto":
             raise UserError("format: 'auto' needs a weight to measure; use SparseLinear.from_linear(linear)")
-        cls, options = parse_format(format)
-        dtype = _checked_dtype(dtype) or torch.get_default_dtype()
-        empty = torch.zeros(out_features, in_features, dtype=dtype, device="cpu")
-        nothing = torch.zeros(out_features, in_features, dtype=torch.bool, device="cpu")
-        stored = cls.from_dense(empty, nothing, **options)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise UserError(f"{name}: expected a number of features, got {size!r}")
+        check_dtype(dtype)
+        dtype = dtype or torch.get_default_dtype()
+        stored = nothing_stored(format, (out_features, in_features), dtype)
         shift = torch.zeros(out_features, dtype=dtype, device="cpu") if bias else None
-        self._setup(stored, shift, activation, trainable)
+        self._fill(stored, shift, activation, (trainable, trainable))
         self.to(device if device is not None else torch.get_default_device())
 
-    def _setup(self, stored: Format, bias: Tensor | None, activation: str, trainable: bool) -> None:
-        if activation not in ACTIVATIONS:
-            raise unknown("activation", activation, ACTIVATIONS)
-        self.out_features, self.in_features = stored.shape
+    def _fill(self, stored: Format, bias: Tensor | None, activation: str, trainable: tuple[bool, bool]) -> None:
+        """Takes weight and bias; `trainable` is of the one and the other."""
         self.activation = activation
-        self.choice = None
-        self._transposed: list[Tensor] | None = None
-        self._index: tuple[str, ...] = ()
-        self.values = nn.Parameter(stored.values, requires_grad=trainable)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=trainable))
-        self._describe(Layout.of(stored, activation))
-        self._hold({name: tensor for name, tensor in stored.tensors().items() if name != "values"})
-        self.register_buffer("layout", self._layout.tensor(stored.device))
+        self._setup(stored, activation, trainable[0])
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=trainable[1]))
 
     def _describe(self, layout: Layout) -> None:
-        """Takes a layout as this layer's own."""
-        self._layout = layout
-        self._format = layout.format
-        self._constants: dict[str, Any] = {**layout.options, "shape": layout.shape, "exact": layout.exact}
+        super()._describe(layout)
+        self.choice = None
         self._dense = layout.format is Dense
         # An op over no weights at all has no compiled body.
         self._op = layout.format.op if min(layout.shape) > 0 else None
@@ -110,14 +100,16 @@ class SparseLinear(nn.Module):
         self._few = FEW_ROWS * layout.shape[1]
         self._amd = is_amd()
 
-    def _hold(self, index: Mapping[str, Tensor]) -> None:
-        """Takes the index tensors as buffers, in the place of those there are."""
-        for name in self._index:
-            del self._buffers[name]
-        for name, tensor in index.items():
-            self.register_buffer(name, tensor)
-        self._index = tuple(index)
-        self._transposed = None
+    @property
+    def activation(self) -> str:
+        """What follows the bias. It may be set, as `padding_free` does; saved is what the layer was made with."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, word: str) -> None:
+        if word not in ACTIVATIONS:
+            raise unknown("activation", word, ACTIVATIONS)
+        self._activation = word
 
     @classmethod
     def from_linear(
@@ -129,10 +121,10 @@ class SparseLinear(nn.Module):
         activation: str = "none",
         dtype: torch.dtype | None = None,
         rows: Sequence[int] = ROWS,
-        trainable: bool = False,
+        trainable: bool | None = None,
         timer: Timer | None = None,
     ) -> SparseLinear:
-        """A sparse layer with the same kept weights and bias, copied.
+        """A sparse layer with the same kept weights and bias, copied. Hooks of `linear` are not taken over.
 
         Args:
             linear: an `nn.Linear`, or sparsebert's `MaskedLinear`, which has its own mask.
@@ -141,32 +133,40 @@ class SparseLinear(nn.Module):
             activation: applied after the bias.
             dtype: of weight and bias; None: the weight's.
             rows: numbers of rows of x (tokens in a batch) that matter to "auto".
-            trainable: whether weights and bias require gradients. A format that stores pruned weights cannot be
-                trained, so "auto" leaves those out (and takes the fastest other where dense would be faster).
+            trainable: whether weight and bias require gradients. None: where those of `linear` do; but a weight in
+                a format that stores pruned ones too is frozen, which `repr` then says. True: such a format is
+                refused, and "auto" measures forward and backward, among the others alone, of which it takes the
+                fastest where dense would be faster.
             timer: measures in `choose`'s place.
 
         Raises:
             TypeError: not a linear layer, or a weight or mask that is no plain float or bool tensor.
             ValueError: a mask of another shape, a weight without data, or a format that cannot hold the weight.
         """
+        if isinstance(linear, SparseLinear):
+            raise TypeError("linear: expected nn.Linear or MaskedLinear, got a SparseLinear; give its to_linear()")
         if not isinstance(linear, (nn.Linear, MaskedLinear)):
             raise TypeError(f"linear: expected nn.Linear or MaskedLinear, got {type(linear).__name__}")
         if activation not in ACTIVATIONS:
             raise unknown("activation", activation, ACTIVATIONS)
-        kept = kept_of(linear, mask)
-        weight = linear.weight.detach().to(_checked_dtype(dtype) or linear.weight.dtype)
+        check_dtype(dtype)
+        given, kept = linear.weight, kept_of(linear, mask)
+        weight = given.detach().to(dtype or given.dtype)
         bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype, copy=True)
-        choice = None
+        choice, train = None, bool(trainable)
         if format == "auto":
-            choice = choose(weight, kept, bias=bias, activation=activation, rows=rows, trainable=trainable, timer=timer)
-            format = choice.fastest if trainable and not bool(kept.all()) else choice.format
+            choice = choose(weight, kept, bias=bias, activation=activation, rows=rows, trainable=train, timer=timer)
+            format = choice.fastest if train and not bool(kept.all()) else choice.format
         kind, options = parse_format(format)
         stored = kind.from_dense(weight, kept, **options)
-        if trainable and not stored.exact:
+        if train and not stored.exact:
             raise UserError(_no_training(format))
+        grads = (train, train)
+        if trainable is None:
+            grads = (given.requires_grad and stored.exact, linear.bias is not None and linear.bias.requires_grad)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._setup(stored, bias, activation, trainable)
+        layer._fill(stored, bias, activation, grads)
         layer.choice = choice
         layer.train(linear.training)
         return layer
@@ -179,13 +179,21 @@ class SparseLinear(nn.Module):
             and (x.numel() < self._few or self._is_plain(values))
             and (self._layout.exact or not values.requires_grad)
         ):
-            y = F.linear(x, values, self.bias)
-            return y if self.activation == "none" else activate(y, self.activation)
+            try:
+                y = F.linear(x, values, self.bias)
+            except RuntimeError:
+                check_operands(x, values, self.bias, self.out_features, self.in_features)
+                raise
+            return y if self._activation == "none" else activate(y, self._activation)
         bias = self.bias
         if torch.is_grad_enabled() and (
             x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return self._stored().linear(x, bias, self.activation, self._for_gradients(x))
+            if torch.compiler.is_exporting():
+                # What is exported is for inference, and has no place to prepare in.
+                with torch.no_grad():
+                    return self._stored().linear(x, bias, self._activation)
+            return self._stored().linear(x, bias, self._activation, self._for_gradients(x))
         if (
             self._op is not None
             and x.dtype == values.dtype
@@ -196,7 +204,7 @@ class SparseLinear(nn.Module):
             and not torch.is_autocast_enabled(x.device.type)
         ):
             return self._run(OPS[self._op], x, values, bias)
-        return self._stored().linear(x, bias, self.activation)
+        return self._stored().linear(x, bias, self._activation)
 
     def _run(self, op: Op, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The op itself, past the checks of its public function that hold for every call of this layer.
@@ -209,18 +217,12 @@ class SparseLinear(nn.Module):
         # Nothing is recorded here; left to find that out itself, the registered formula takes some 5 µs.
         with below_autograd():
             if self._dense:
-                return body(x, values, bias, self.activation)
-            return body(x.contiguous(), values, *index, bias, self._pattern, self.activation, [])
+                return body(x, values, bias, self._activation)
+            return body(x.contiguous(), values, *index, bias, self._pattern, self._activation, [])
 
     def _is_plain(self, values: Tensor) -> bool:
         """Whether the op `dense_linear` would only do what F.linear does: it fuses, and has another library on AMD."""
-        return self.activation == "none" and not (self._amd and values.dtype == torch.float32)
-
-    def _stored(self) -> Format:
-        """The weight in its format, over the parameters and buffers as they are now, unchecked."""
-        buffers: dict[str, Any] = self._buffers
-        index = {name: buffers[name] for name in self._index}
-        return self._format(values=self.values, **index, **self._constants)
+        return self._activation == "none" and not (self._amd and values.dtype == torch.float32)
 
     def _for_gradients(self, x: Tensor) -> Sequence[Tensor]:
         """What the backward of x needs, made now if need be."""
@@ -244,36 +246,6 @@ class SparseLinear(nn.Module):
                 self._transposed = self._stored().transposed()
         return self
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight `[N, K]`, made anew at each access, which takes far longer than a product."""
-        return self.values if self._dense else self._stored().to_dense()
-
-    @property
-    def stored(self) -> Tensor:
-        """Bool `[N, K]`, True where a weight is stored."""
-        return self._stored().stored()
-
-    @property
-    def format(self) -> str:
-        """Spelling of the format."""
-        return self._stored().spelling
-
-    @property
-    def exact(self) -> bool:
-        """Whether what is stored is exactly what is kept; only then it can be trained."""
-        return self._layout.exact
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the weights that are not stored."""
-        return self._stored().sparsity
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored weight and of where it lies."""
-        return self._stored().nbytes
-
     def to_linear(self) -> nn.Linear:
         """An `nn.Linear` with the same weight, zeros in place, and the same bias, both copied.
 
@@ -295,88 +267,8 @@ class SparseLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format}, sparsity={self.sparsity:.1%}, bytes={self.nbytes:,} (dense {dense:,}), "
-            f"activation={self.activation}"
+            f"activation={self.activation}" + ("" if self.exact else ", frozen: pruned weights are stored too")
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Moves and casts as modules do; but index tensors keep their dtype and content whatever `fn` is.
-
-        `to_empty` and `type` would leave indices in them that the kernels must not read.
-        """
-        before: dict[str, Tensor] = {name: getattr(self, name) for name in (*self._index, "layout")}
-        super()._apply(fn, recurse)
-        if before["layout"].is_meta and not self.values.is_meta:
-            self._empty()
-            return self
-        device = self.values.device
-        for name, tensor in before.items():
-            self._buffers[name] = tensor if tensor.device == device else tensor.to(device)
-        if self._transposed is not None:
-            self._transposed = [tensor.to(device) for tensor in self._transposed]
-        return self
-
-    def _empty(self) -> None:
-        """Stores nothing but zeros, in this format: what is left of a layer that had no data."""
-        fresh = SparseLinear(
-            self.in_features, self.out_features, False, self.format, self.activation, "cpu", self.values.dtype
-        )
-        device = self.values.device
-        self._describe(fresh._layout)
-        self._hold({name: fresh._buffers[name].to(device) for name in fresh._index})  # type: ignore[union-attr]
-        self.layout = fresh.layout.to(device)
-        self.values = nn.Parameter(fresh.values.detach().to(device), requires_grad=self.values.requires_grad)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes the format that the state was saved in, its indices validated, and then the tensors in torch's way."""
-        own = [key for key in state_dict if key.startswith(prefix) and key.count(".") == prefix.count(".")]
-        layout, tensors = None, {}
-        if f"{prefix}layout" in state_dict:
-            layout = Layout.read(state_dict[f"{prefix}layout"], f"{prefix}layout")
-            names = layout.format.tensor_names()
-            tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-            error = layout.mismatch((self.out_features, self.in_features), self._layout.activation)
-            if error is not None:
-                error_msgs.append(f"{prefix}layout: {error}")
-                return
-        if layout is None or len(tensors) < len(layout.format.tensor_names()):
-            # Indices are never taken without what they are checked by.
-            wanted = self._layout.format.tensor_names() if layout is None else layout.format.tensor_names()
-            known = [*wanted, "layout", *(["bias"] if self.bias is not None else [])]
-            missing_keys.extend(prefix + name for name in known if prefix + name not in state_dict)
-            unexpected_keys.extend(key for key in own if strict and key.removeprefix(prefix) not in known)
-            return
-        self._adopt(layout, layout.check(tensors, prefix))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _adopt(self, layout: Layout, stored: Format) -> None:
-        """Makes room for a checked weight that is about to be copied in; tensors that fit stay the objects they are."""
-        device = self.values.device
-        self._describe(layout)
-        fresh = {name: tensor for name, tensor in stored.tensors().items() if name != "values"}
-        held = {name: self._buffers.get(name) for name in fresh}
-        self._hold({name: room_for(held[name], tensor, device) for name, tensor in fresh.items()})
-        self.layout = room_for(self.layout, layout.tensor(device), device)
-        if self.values.shape != stored.values.shape:
-            room = torch.zeros(stored.values.shape, dtype=self.values.dtype, device=device)
-            self.values = nn.Parameter(room, requires_grad=self.values.requires_grad)
-        self.choice = None
-
-
-def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UserError(f"dtype: expected a float dtype such as torch.bfloat16, got {dtype}")
-    return dtype
 
 
 def _no_training(format: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,95 +16,16 @@ from torch.nn.utils import parametrize
 
 from sparsebert.errors import UserError
 from sparsebert.formats import parse_format
-from sparsebert.nn.choose import ROWS, Timer, choose
-from sparsebert.nn.masked import MaskedLinear
+from sparsebert.nn.choose import ROWS, Timer, checked_rows, choose
+from sparsebert.nn.layout import Layout
+from sparsebert.nn.masked import MaskedEmbedding, MaskedLinear
 from sparsebert.nn.sparse_linear import SparseLinear
-from sparsebert.nn.structure import check_weight, mask_of
+from sparsebert.nn.sparsification import Replacement, Sparsification
+from sparsebert.nn.structure import check_dtype, check_weight, mask_of
 
-__all__ = ["Replacement", "Sparsification", "sparsify"]
+__all__ = ["load_sparsified", "sparsify"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What became of one linear layer."""
-
-    name: str
-    shape: tuple[int, int]
-    """`(out_features, in_features)`"""
-    sparsity: float
-    """Share of the weights that are zero (pruned, where there is a mask)."""
-    action: str
-    """"replaced" or "left"."""
-    reason: str
-    format: str
-    """Spelling of the format the weight is stored in now."""
-    bytes_before: int
-    """Of the weight; biases are as they were."""
-    bytes_after: int
-    speedup: float | None = None
-    """As measured when the format was chosen, over the best dense path; None where nothing was measured."""
-
-
-class Sparsification(Sequence[Replacement]):
-    """What `sparsify` did: a sequence of `Replacement`s, one a layer; `print` shows a table."""
-
-    def __init__(self, records: Sequence[Replacement]) -> None:
-        self._records = tuple(records)
-
-    @overload
-    def __getitem__(self, index: int) -> Replacement: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Replacement]: ...
-    def __getitem__(self, index: int | slice) -> Replacement | Sequence[Replacement]:
-        return self._records[index]
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sparsification) and self._records == other._records
-
-    def __hash__(self) -> int:
-        return hash(self._records)
-
-    @property
-    def replaced(self) -> tuple[Replacement, ...]:
-        """The layers that are sparse now."""
-        return tuple(record for record in self if record.action == "replaced")
-
-    @property
-    def left(self) -> tuple[Replacement, ...]:
-        """The layers that are as they were."""
-        return tuple(record for record in self if record.action == "left")
-
-    def __repr__(self) -> str:
-        return f"<Sparsification: {len(self.replaced)} replaced, {len(self.left)} left>"
-
-    def __str__(self) -> str:
-        if not self:
-            return "no linear layers"
-        heads = ["layer", "shape", "zero", "", "format", "bytes", "speed", "reason"]
-        rows = [_cells(record) for record in self]
-        widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)]
-        before, after = (sum(getattr(record, name) for record in self) for name in ("bytes_before", "bytes_after"))
-        total = f"{len(self.replaced)} of {len(self)} layers replaced; their weights: {before:,} -> {after:,} bytes"
-        return "\n".join([*lines, total])
-
-
-def _cells(record: Replacement) -> list[str]:
-    return [
-        record.name,
-        f"{record.shape[0]}x{record.shape[1]}",
-        f"{record.sparsity:.1%}",
-        record.action,
-        record.format,
-        f"{record.bytes_before:,} -> {record.bytes_after:,}",
-        "" if record.speedup is None else f"{record.speedup:.2f}x",
-        record.reason,
-    ]
 
 
 @dataclass(frozen=True)
@@ -112,20 +35,20 @@ class _Wanted:
     min_sparsity: float
     format: str
     rows: Sequence[int]
-    trainable: bool
+    trainable: bool | None
     timer: Timer | None
 
 
 def sparsify(
     model: Model,
     *,
-    min_sparsity: float = 0.5,
+    min_sparsity: float = 0.3,
     format: str = "auto",
     dtype: torch.dtype | None = None,
     rows: Sequence[int] = ROWS,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    trainable: bool = False,
+    trainable: bool | None = None,
     timer: Timer | None = None,
 ) -> Model:
     """Put a `SparseLinear` in the place of every linear layer of `model` that is sparse enough and gains by it.
@@ -134,16 +57,20 @@ def sparsify(
     may be in use elsewhere (tied weights, hooks, parametrizations), is left as it is. With `format="auto"` a layer is
     replaced only where a sparse format was measured to be faster on this machine, see `choose`; layers of equal shape
     and structure share one measurement. `model.sparsification` then says what was done, and why.
+    Its state_dict loads into a model sparsified in any way, or by `load_sparsified` into an ordinary one, while the
+    `from_pretrained` of transformers does not know sparse layers.
 
     Args:
         model: any module that holds linear layers, with its weights loaded.
-        min_sparsity: share of zeros from which a layer is looked at.
+        min_sparsity: share of zeros from which a layer is looked at. Well below what a model was pruned to as a whole:
+            its layers differ.
         format: "auto", or the spelling of one format for all ("unstructured", "blocks:8x2" ...): no measurement.
         dtype: the dtype the whole model is moved to first (`model.to(dtype)`), torch.bfloat16 for one.
         rows: numbers of rows of x (tokens in a batch) that matter to "auto".
         include, exclude: shell patterns of dotted names (`"encoder.*"`); only what matches `include` is looked at, and
             nothing that matches `exclude`.
-        trainable: whether the sparse layers' weights and biases require gradients.
+        trainable: as for `SparseLinear.from_linear`. With None weights and biases require gradients where they did; the
+            report names the weights that are frozen because their format stores pruned ones too.
         timer: measures in `choose`'s place.
 
     Returns:
@@ -153,28 +80,27 @@ def sparsify(
         UserError: a setting that cannot be, a pattern that matches no linear layer, or a model that is itself a linear
             layer. TypeError: not a module.
     """
-    _check(model, min_sparsity, dtype)
-    if format != "auto":
-        parse_format(format)
-    if dtype is not None:
-        model.to(dtype)
-    wanted = _Wanted(min_sparsity, format, rows, trainable, timer)
+    _check(model, min_sparsity, format, dtype)
+    wanted = _Wanted(min_sparsity, format, checked_rows(rows), trainable, timer)
     places = _places(model)
     chosen = _matching(places, include, exclude)
-    shared = _shared(model)
-    records = []
+    if dtype is not None:
+        model.to(dtype)
+    shared, adapted, records = _shared(model), _adapted(model), []
     for name, (module, parents) in places.items():
-        why = _why_not(name, module, parents, shared) if name in chosen else "excluded"
+        why = (adapted.get(id(module)) or _why_not(name, module, parents, shared)) if name in chosen else "excluded"
         record, sparse = _left(name, module, why) if why else _converted(name, module, wanted)
         records.append(record)
         if sparse is not None:
             for parent, child in parents:
                 setattr(parent, child, sparse)
+    if include is None:
+        records += _others(model, min_sparsity)
     model.sparsification = Sparsification(records)  # type: ignore[assignment]
     return model
 
 
-def _check(model: object, min_sparsity: float, dtype: torch.dtype | None) -> None:
+def _check(model: object, min_sparsity: float, format: str, dtype: torch.dtype | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.Linear, MaskedLinear, SparseLinear)):
@@ -182,10 +108,11 @@ def _check(model: object, min_sparsity: float, dtype: torch.dtype | None) -> Non
             f"model: expected a module that holds linear layers, got a {type(model).__name__}, which cannot be "
             "replaced in place; use SparseLinear.from_linear(linear)"
         )
-    if not 0 <= min_sparsity <= 1:
-        raise UserError(f"min_sparsity: expected a share from 0 to 1, got {min_sparsity}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UserError(f"dtype: expected a float dtype such as torch.bfloat16, got {dtype}")
+    if not isinstance(min_sparsity, (int, float)) or not 0 <= min_sparsity <= 1:
+        raise UserError(f"min_sparsity: expected a share from 0 to 1, got {min_sparsity!r}")
+    if format != "auto":
+        parse_format(format)
+    check_dtype(dtype)
 
 
 Parents = list[tuple[nn.Module, str]]
@@ -211,11 +138,14 @@ def _matching(
         if given is None:
             continue
         matches: set[str] = set()
-        for pattern in (given,) if isinstance(given, str) else given:
+        patterns = (given,) if isinstance(given, str) else given
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise UserError(f"{argument}: expected patterns of layers' names such as 'encoder.*', got {given!r}")
+        for pattern in patterns:
             some = set(fnmatch.filter(places, pattern))
             if not some:
-                few = ", ".join(list(places)[:5]) or "none at all"
-                raise UserError(f"{argument}: {pattern!r} matches no linear layer of the model (it has {few} ...)")
+                few = ", ".join(map(repr, list(places)[:5])) or "none"
+                raise UserError(f"{argument}: {pattern!r} matches no linear layer of the model; the first are: {few}")
             matches |= some
         chosen = chosen & matches if argument == "include" else chosen - matches
     return chosen
@@ -229,6 +159,45 @@ def _shared(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None:
                 names.setdefault(id(parameter), []).append(f"{prefix}.{child}" if prefix else child)
     return {key: held for key, held in names.items() if len(held) > 1}
+
+
+def _adapted(model: nn.Module) -> dict[int, str]:
+    """Why the linears inside adapters (LoRA and its kind, as peft builds them) are left, by their id."""
+    return {
+        id(inner): f"it belongs to an adapter ({type(module).__name__}); merge that first (peft: merge_and_unload)"
+        for module in model.modules()
+        if "base_layer" in module._modules
+        for inner in module.modules()
+    }
+
+
+def _reads_weight(parent: nn.Module, child: str) -> bool:
+    """Whether the parent's forward, as written, has the child's weight in it: to multiply, or for its dtype."""
+    try:
+        source = inspect.getsource(type(parent).forward)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"\bself\.{re.escape(child)}\.weight\b", source) is not None
+
+
+def _others(model: nn.Module, min_sparsity: float) -> list[Replacement]:
+    """Records of pruned matrices that are no linear layer's, which a user may look for in vain."""
+    linears, embeddings = (nn.Linear, MaskedLinear, SparseLinear), (nn.Embedding, nn.EmbeddingBag, MaskedEmbedding)
+    records = []
+    for name, module in model.named_modules():
+        if isinstance(module, (*linears, *embeddings, parametrize.ParametrizationList)):
+            continue
+        for child, parameter in module._parameters.items():
+            if parameter is None or is_lazy(parameter) or parameter.dim() != 2:
+                continue
+            zeros = _share(parameter, None)
+            if 0 < zeros < 1 and zeros >= min_sparsity:
+                place = name if child == "weight" else f"{name}.{child}".lstrip(".")
+                size = parameter.numel() * parameter.element_size()
+                shape = (parameter.shape[0], parameter.shape[1])
+                why = f"it is in a {type(module).__name__}, which is no nn.Linear"
+                records.append(Replacement(place, shape, zeros, "left", why, "dense", size, size))
+    return records
 
 
 def _why_not(name: str, module: nn.Module, parents: Parents, shared: Mapping[int, list[str]]) -> str | None:
@@ -250,9 +219,9 @@ def _why_not(name: str, module: nn.Module, parents: Parents, shared: Mapping[int
         others = [other for other in shared.get(id(parameter), ()) if other.rpartition(".")[0] != name]
         if others:
             return f"its {'weight' if parameter is module.weight else 'bias'} is tied to {others[0]}"
-    for parent, _ in parents:
-        if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
-            return f"its parent, torch's {type(parent).__name__}, multiplies by the weight itself"
+    for parent, child in parents:
+        if _reads_weight(parent, child):
+            return f"its parent, a {type(parent).__name__}, reads its weight itself, which is made anew each time"
     if isinstance(module, MaskedLinear) and module.score is not None:
         return "its mask is still being learned"
     try:
@@ -282,7 +251,9 @@ def _converted(name: str, module: nn.Module, wanted: _Wanted) -> tuple[Replaceme
     assert isinstance(module, (nn.Linear, MaskedLinear))
     sparsity = _zeros(module)
     if sparsity < wanted.min_sparsity:
-        return _left(name, module, f"{sparsity:.1%} of its weights are zero, less than {wanted.min_sparsity:.1%}")
+        return _left(name, module, f"less than {100 * wanted.min_sparsity:g}% of its weights are zero")
+    if sparsity == 1 and not isinstance(module, MaskedLinear):
+        return _left(name, module, "all its weights are zero, as if it were yet to be trained; from_linear takes it")
     spelling, speedup, reason = wanted.format, None, "as asked for"
     choice = None
     if wanted.format == "auto":
@@ -291,7 +262,7 @@ def _converted(name: str, module: nn.Module, wanted: _Wanted) -> tuple[Replaceme
             mask_of(module),
             bias=module.bias,
             rows=wanted.rows,
-            trainable=wanted.trainable,
+            trainable=bool(wanted.trainable),
             timer=wanted.timer,
         )
         spelling, speedup, reason = choice.format, choice.speedup, choice.reason
@@ -302,6 +273,8 @@ def _converted(name: str, module: nn.Module, wanted: _Wanted) -> tuple[Replaceme
     except ValueError as error:
         return _left(name, module, f"{spelling} cannot hold it: {error}")
     sparse.choice = choice
+    if module.weight.requires_grad and wanted.trainable is None and not sparse.exact:
+        reason += "; frozen, for this format stores pruned weights too"
     shape = (module.out_features, module.in_features)
     before = module.weight.numel() * module.weight.element_size()
     record = Replacement(name, shape, sparsity, "replaced", reason, spelling, before, sparse.nbytes, speedup)
@@ -310,10 +283,54 @@ def _converted(name: str, module: nn.Module, wanted: _Wanted) -> tuple[Replaceme
 
 def _zeros(module: nn.Module) -> float:
     """Share of the weights that are zero, or pruned where there is a mask."""
-    mask = mask_of(module)
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    return _share(module.weight, mask_of(module))  # type: ignore[arg-type]
+
+
+def _share(weight: Tensor, mask: Tensor | None) -> float:
+    """Share of zeros in a weight, or of pruned places in its mask; 0 for a weight that cannot tell."""
     # Uninitialised, quantised or distributed weights need not know how to count.
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.numel():
         return 0.0
     kept = int(mask.sum()) if mask is not None else int(weight.count_nonzero())
     return 1 - kept / weight.numel()
+
+
+def load_sparsified(model: Model, state: Mapping[str, Tensor], *, strict: bool = True, assign: bool = False) -> Model:
+    """Load the state_dict of a sparsified model into one of the same architecture that is not, in place.
+
+    Linear layers that are sparse in the state become `SparseLinear`s, of the same formats; the rest is
+    `model.load_state_dict`.
+
+    Args:
+        model: with any weights, or on the meta device (then with `assign=True`).
+        state: from `state_dict()` of the sparsified model, or the safetensors file that it was saved to.
+        strict, assign: as for `load_state_dict`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: an index that cannot be; it names the key. RuntimeError: keys or shapes that do not fit.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    places = _places(model)
+    layouts = {key.removesuffix(".layout"): Layout.read(state[key], key) for key in state if key.endswith(".layout")}
+    for name, layout in layouts.items():
+        module, parents = places.get(name, (None, []))
+        if not isinstance(module, (nn.Linear, MaskedLinear)):
+            continue
+        weight: Tensor = module.weight
+        sparse = SparseLinear(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            activation=layout.activation,
+            device=weight.device,
+            dtype=weight.dtype,
+            trainable=weight.requires_grad,
+        )
+        for parent, child in parents:
+            setattr(parent, child, sparse.train(module.training))
+    model.load_state_dict(state, strict=strict, assign=assign)
+    return model

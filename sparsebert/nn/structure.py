@@ -7,12 +7,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sparsebert.errors import UserError
 from sparsebert.nn.masked import MaskedLinear
 from sparsebert.ops.bits import expand_grid, unpack_bits
 
-__all__ = ["Structure", "check_mask", "check_weight", "kept_of", "mask_of", "structure_of"]
+__all__ = ["Structure", "check_dtype", "check_mask", "check_weight", "kept_of", "mask_of", "structure_of"]
+
+# What a weight may be stored in.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Kernels on x86 take bf16 in pairs of columns and fp32 in single ones; the squares are for both.
 BLOCKS = {
@@ -116,20 +120,32 @@ def structure_of(weight: Tensor, mask: Tensor | None = None) -> Structure:
     return Structure(mask.detach().contiguous())
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise unless `dtype`, an argument of that name, is None or a dtype that weights can be stored in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: expected a float dtype such as torch.bfloat16, got {dtype}")
+
+
 def check_weight(weight: Tensor) -> None:
     """Raise unless `weight` is a plain float matrix with data."""
+    if is_lazy(weight):
+        raise ValueError("weight: expected data, got a lazy layer's, which has no shape yet; run the layer once first")
+    if not weight.is_floating_point() or weight.is_quantized or weight.dtype not in DTYPES:
+        raise TypeError(f"weight: expected a float tensor, got {weight.dtype}; quantised weights cannot be stored here")
+    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.layout != torch.strided:
+        kind = type(weight).__name__ if weight.layout == torch.strided else weight.layout
+        raise TypeError(f"weight: expected a plain tensor, got a {kind}; convert it to one first")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [N, K], got {list(weight.shape)}")
-    if not weight.is_floating_point() or weight.is_quantized:
-        raise TypeError(f"weight: expected a float tensor, got {weight.dtype}; quantised weights cannot be stored here")
-    if type(weight) not in (Tensor, torch.nn.Parameter):
-        raise TypeError(f"weight: expected a plain tensor, got a {type(weight).__name__}; convert it to one first")
     if weight.is_meta:
         raise ValueError("weight: expected data, got a tensor on the meta device; load the model's weights first")
 
 
 def check_mask(mask: Tensor, weight: Tensor) -> None:
     """Raise unless `mask` is a bool tensor like `weight`."""
+    if not isinstance(mask, Tensor) or mask.layout != torch.strided:
+        kind = mask.layout if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor {list(weight.shape)}, got a {kind}; convert it to one first")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, True where kept, got {mask.dtype}; use mask != 0")
     if mask.shape != weight.shape:

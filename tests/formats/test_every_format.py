@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -224,3 +225,23 @@ def test_its_layer_compiles_into_one_graph(name: str) -> None:
         both.append((y, *torch.autograd.grad(y.square().sum(), (x, values))))
     for eager, traced in zip(*both, strict=True):
         torch.testing.assert_close(eager, traced, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_no_plain_tensor_is_named(name: str) -> None:
+    weight = torch.ones(32, 32)
+    made = FORMATS[name].from_dense(weight, torch.eye(32, dtype=torch.bool))
+    with pytest.raises(TypeError, match="weight: expected a tensor, got list"):
+        FORMATS[name].from_dense([[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="mask: expected a tensor, got list"):
+        FORMATS[name].from_dense(weight, [True])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mask: expected a dense tensor, got torch\.sparse_coo"):
+        FORMATS[name].from_dense(weight, torch.eye(32, dtype=torch.bool).to_sparse())
+    with pytest.raises(TypeError, match="values: expected a tensor, got NoneType"):
+        FORMATS[name].from_tensors({**made.tensors(), "values": None}, made.shape, made.options)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"shape: expected \(N, K\), got 'ab'"):
+        FORMATS[name].from_tensors(made.tensors(), "ab", made.options)  # type: ignore[arg-type]
+    for option in made.option_names:
+        for wrong in ("8x2", 8, (4.0, 2.0), (1, 2, 3)):
+            with pytest.raises(ValueError, match=rf"{option}: expected \([RC nm,]*\) .* got {re.escape(repr(wrong))}"):
+                FORMATS[name].from_dense(weight, **{option: wrong})

@@ -32,6 +32,7 @@ def test_names() -> None:
     [
         ("block:8x2", "unknown format 'block'; did you mean 'blocks'"),
         ("", "unknown format ''"),
+        ("2:4", "unknown format '2:4'; did you mean 'semi_structured:2:4'"),
         ("dense:2", "format 'dense:2': dense takes no options; write 'dense'"),
         ("blocks", "format 'blocks': expected the size after the name, e.g. 'blocks:8x2'"),
         ("blocks:8", "e.g. 'blocks:8x2'"),
@@ -43,3 +44,8 @@ def test_names() -> None:
 def test_other_words_are_refused(spelling: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_format(spelling)
+
+
+def test_what_is_no_word_is_named() -> None:
+    with pytest.raises(TypeError, match=r"format: expected the spelling of one, e\.g\. 'blocks:8x2', got None"):
+        parse_format(None)  # type: ignore[arg-type]

@@ -368,6 +368,8 @@ def test_attentions_asked_for_by_the_configuration() -> None:
 
 
 def test_models_that_cannot_be_padding_free_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
+        padding_free("bert")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"model: expected a bert, roberta, distilbert model.*got Linear"):
         padding_free(nn.Linear(2, 2))
     for change, message in (
@@ -385,3 +387,11 @@ def test_models_that_cannot_be_padding_free_are_refused() -> None:
     model.forward = lambda **kwargs: None
     with pytest.raises(UserError, match="has been replaced already"):
         padding_free(model)
+
+
+def test_without_padding_it_compiles_in_one_piece() -> None:
+    model = padding_free(tiny.base("bert"))
+    ids = torch.tensor([[2, 5, 9, 13, 3]])
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids).last_hidden_state, model(ids).last_hidden_state)

@@ -16,7 +16,7 @@ from nn.sparse_layers import mask_for
 from torch import Tensor
 
 from sparsebert.errors import UserError
-from sparsebert.nn import Choice, choose, remember
+from sparsebert.nn import Choice, choose, forget_choices, remember
 from sparsebert.nn.choose import DENSE_PATHS, MARGIN, measure
 from sparsebert.nn.structure import structure_of
 
@@ -58,7 +58,7 @@ def test_a_format_that_is_slower_than_dense_once_is_not_chosen() -> None:
     found = choose(weight_of(), blocky(), rows=(4, 40), timer=clock)
     assert found.format == "dense" and found.speedup == 1.0 and found.fastest == "blocks:16x16"
     assert found.reason == (
-        "no sparse format is faster than dense at every number of rows; the best, blocks:16x16, runs at 0.99x at 4 "
+        "no sparse format is 5% faster than dense at every number of rows; the best, blocks:16x16, runs at 0.99x at 4 "
         "rows, 100.00x at 40 rows"
     )
 
@@ -178,9 +178,22 @@ def test_weights_of_equal_structure_share_one_measurement(own_memory: Path) -> N
     assert clock.asked == 2 and not first.remembered and own_memory.is_file()
     again = choose(-weight_of(), blocky(shift=2), timer=clock)
     assert clock.asked == 2 and again.remembered and again.seconds == first.seconds and again.format == first.format
-    remember.forget()
+    remember._memo.clear()
     assert choose(weight_of(), blocky(), timer=clock).remembered and clock.asked == 2
     assert not choose(weight_of(), blocky(), timer=clock, use_memory=False).remembered
+
+
+def test_what_was_measured_badly_can_be_forgotten(own_memory: Path) -> None:
+    clock = Clock({"unstructured": 0.5}, {"unstructured": 2.0})
+    forget_choices()
+    assert choose(weight_of(), rows=(4,), timer=clock).format == "unstructured"
+    again = choose(weight_of(), rows=(4,), timer=clock)
+    assert str(again).endswith("remembered from an earlier measurement; after forget_choices() it is made anew")
+    forget_choices()
+    assert not own_memory.exists()
+    assert choose(weight_of(), rows=(4,), timer=clock).format == "dense" and clock.asked == 2
+    remember._memo.clear()
+    assert choose(weight_of(), rows=(4,), timer=clock).format == "dense" and clock.asked == 2
 
 
 @pytest.mark.parametrize(
@@ -247,7 +260,7 @@ def test_a_broken_file_costs_a_measurement_and_no_more(text: str, own_memory: Pa
     own_memory.write_text(text, encoding="utf-8")
     clock = Clock({"unstructured": 0.5})
     assert choose(weight_of(), timer=clock).format == "unstructured"
-    remember.forget()
+    remember._memo.clear()
     assert choose(weight_of(), timer=clock).remembered
 
 
@@ -271,7 +284,7 @@ def test_an_entry_that_is_none_is_measured_anew(change: dict[str, object], own_m
     for entry in found["choices"].values():
         entry.update(change)
     own_memory.write_text(json.dumps(found), encoding="utf-8")
-    remember.forget()
+    remember._memo.clear()
     again = choose(weight_of(), timer=clock)
     assert not again.remembered and again.format == "unstructured"
 

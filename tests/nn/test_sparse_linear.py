@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -124,7 +125,8 @@ def test_formats_that_store_pruned_weights_cannot_be_trained() -> None:
         with pytest.raises(UserError, match=f"'{spelling}': it stores pruned weights as zeros here"):
             SparseLinear.from_linear(linear, mask, format=spelling, trainable=True)
         sparse = SparseLinear.from_linear(linear, mask, format=spelling)
-        assert not sparse.exact and not any(parameter.requires_grad for parameter in sparse.parameters())
+        assert not sparse.exact and not sparse.values.requires_grad and sparse.bias.requires_grad
+        assert repr(sparse).endswith("activation=none, frozen: pruned weights are stored too)")
         # The gradient of x is right all the same.
         x = torch.randn(3, 16, requires_grad=True)
         sparse(x).sum().backward()
@@ -227,11 +229,68 @@ def test_what_from_linear_refuses() -> None:
         SparseLinear.from_linear(linear)
     with pytest.raises(UserError, match="format: 'auto' needs a weight to measure"):
         SparseLinear(16, 24, format="auto")
+    for sizes, name in (((-1, 24), "in_features"), ((16, 2.0), "out_features"), ((16, "24"), "out_features")):
+        with pytest.raises(UserError, match=f"{name}: expected a number of features, got"):
+            SparseLinear(*sizes)  # type: ignore[arg-type]
 
 
-def test_an_x_that_does_not_fit_is_named() -> None:
-    sparse = pair("unstructured")[0]
-    with pytest.raises(ValueError, match=r"x: expected \[..., 16\]"):
-        sparse(torch.randn(3, 24))
-    with pytest.raises(ValueError, match=r"x: expected torch.float32 like values, got torch.float64"):
-        sparse(torch.randn(3, 16).double())
+def test_what_is_no_tensor_or_word_is_named() -> None:
+    linear = linear_of(24, 16)
+    for mask, kind in (([[True]], "list"), (torch.ones(24, 16, dtype=torch.bool).to_sparse(), "torch.sparse_coo")):
+        with pytest.raises(TypeError, match=rf"mask: expected a bool tensor \[24, 16\], got a {kind}"):
+            SparseLinear.from_linear(linear, mask)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"format: expected the spelling of one, e.g. 'blocks:8x2', got None"):
+        SparseLinear.from_linear(linear, format=None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="unknown activation None; did you mean 'none'"):
+        SparseLinear.from_linear(linear, activation=None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"dtype: expected a float dtype .* got torch.float8_e4m3fn"):
+        SparseLinear.from_linear(linear, dtype=torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"got a SparseLinear; give its to_linear\(\)"):
+        SparseLinear.from_linear(SparseLinear(4, 4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weight: expected data, got a lazy layer's"):
+        SparseLinear.from_linear(nn.LazyLinear(4))
+    linear.weight = nn.Parameter(torch.eye(4).to_sparse())
+    with pytest.raises(TypeError, match=r"weight: expected a plain tensor, got a torch.sparse_coo"):
+        SparseLinear.from_linear(linear)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("spelling", FORMATS)
+def test_an_x_that_does_not_fit_is_named(spelling: str, activation: str, rows: int) -> None:
+    sparse = pair(spelling, activation=activation)[0]
+    for x in (torch.randn(rows, 24), torch.randn(())):
+        with pytest.raises(ValueError, match=rf"x: expected \[..., 16\] .* got {re.escape(str(list(x.shape)))}"):
+            sparse(x)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        with pytest.raises(ValueError, match=rf"x: expected torch.float32 like \w+, got {dtype}"):
+            sparse(torch.ones(rows, 16, dtype=dtype))
+    if spelling != "dense":
+        with pytest.raises(ValueError, match=r"x: expected on cpu like .* got meta"):
+            sparse(torch.ones(rows, 16, device="meta"))
+
+
+def test_what_could_be_trained_still_can() -> None:
+    linear, mask = linear_of(24, 16), mask_for("unstructured", 24, 16)
+    sparse = SparseLinear.from_linear(linear, mask, format="unstructured")
+    assert sparse.values.requires_grad and sparse.bias.requires_grad
+    linear.bias.requires_grad_(False)
+    sparse = SparseLinear.from_linear(linear, mask, format="unstructured")
+    assert sparse.values.requires_grad and not sparse.bias.requires_grad
+    for asked in (False, True):
+        sparse = SparseLinear.from_linear(linear, mask, format="unstructured", trainable=asked)
+        assert sparse.values.requires_grad == sparse.bias.requires_grad == asked
+    # Measured for inference, unless it is asked for.
+    measured = SparseLinear.from_linear(linear, mask, timer=lambda calls: dict.fromkeys(calls, 1.0))
+    assert measured.format == "dense" and not measured.values.requires_grad and "frozen" in repr(measured)
+
+
+def test_the_activation_may_be_set_to_a_known_one() -> None:
+    sparse, linear, _ = pair("unstructured")
+    sparse.activation = "relu"
+    x = torch.randn(3, 16)
+    close(sparse(x), linear(x).relu())
+    with pytest.raises(UserError, match="unknown activation 'gulu'; did you mean 'gelu'"):
+        sparse.activation = "gulu"
+    # What is saved is the weight as it was made: the activation belongs to the model around it.
+    pair("unstructured")[0].load_state_dict(sparse.state_dict())

@@ -79,9 +79,10 @@ def test_what_was_inexact_is_so_after_loading() -> None:
     sparse = SparseLinear.from_linear(linear, format="blocks:4x2")
     layer = SparseLinear(16, 24, trainable=True)
     layer.load_state_dict(sparse.state_dict())
-    assert not layer.exact
+    assert not layer.exact and not layer.values.requires_grad and layer.bias.requires_grad
+    layer(torch.randn(3, 16))
     with pytest.raises(UserError, match="it stores pruned weights as zeros here"):
-        layer(torch.randn(3, 16))
+        layer.requires_grad_()(torch.randn(3, 16))
 
 
 def test_after_loading_the_gradient_of_x_is_that_of_the_new_weight() -> None:
@@ -105,13 +106,16 @@ def test_keys_that_are_missing_or_unexpected_are_torchs_errors(spelling: str) ->
         with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: .*"0\.{key}"'):
             layer.load_state_dict(some)
         if key != "bias":
-            assert key in "".join(layer.load_state_dict(some, strict=False).missing_keys)
+            result = layer.load_state_dict(some, strict=False)
+            assert key in "".join(result.missing_keys) and result.unexpected_keys == list(some)
             assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     layer = SparseLinear(16, 24)
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
         layer.load_state_dict({**state, "more": torch.zeros(1)})
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "weight"'):
         layer.load_state_dict(nn.Linear(16, 24).state_dict())
+    result = layer.load_state_dict({"values": torch.zeros(0)}, strict=False)
+    assert "layout" in result.missing_keys and result.unexpected_keys == ["values"]
 
 
 def test_a_layer_of_another_shape_or_activation_is_refused() -> None:
