@@ -26,8 +26,10 @@ __all__ = [
     "Tools",
     "build",
     "cuda_flags",
+    "cxx_flags",
     "find_tools",
     "read_record",
+    "sanitizers",
     "source_dir",
     "source_hash",
     "version_of",
@@ -54,6 +56,8 @@ CUDA_ARCHITECTURES = (
 )
 # USE_CUDA opens the CUDA half of torch's C shims, in a CPU build's headers too.
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", TORCH_TARGET, "-DUSE_CUDA")
+# What $SPARSEBERT_SANITIZE may name, separated by commas; tests/sanitize.py sets it.
+SANITIZERS = ("address", "undefined")
 SUFFIXES = {".cpp", ".cu", ".h", ".inc"}
 RECORD = "_binaries.json"
 HOST = "_host" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
@@ -108,11 +112,33 @@ def source_dir() -> Path | None:
 def source_hash(sources: Path) -> str:
     """Hex digest of the sources, their names and the flags: binaries with another one are stale."""
     digest = hashlib.sha256()
-    digest.update("\0".join((*CXX_FLAGS, *NVCC_FLAGS, *CUDA_ARCHITECTURES, HOST)).encode())
+    digest.update("\0".join((*cxx_flags(), *NVCC_FLAGS, *CUDA_ARCHITECTURES, HOST)).encode())
     for path in sorted(p for p in sources.rglob("*") if p.suffix in SUFFIXES):
         digest.update(f"\0{path.relative_to(sources).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def sanitizers() -> list[str]:
+    """The sanitizers to build with: the words of `$SPARSEBERT_SANITIZE` ("address,undefined"), none by default.
+
+    Raises:
+        BuildError: a word is not one of `SANITIZERS`.
+    """
+    words = [word for word in os.environ.get("SPARSEBERT_SANITIZE", "").split(",") if word]
+    for word in words:
+        if word not in SANITIZERS:
+            raise BuildError(f"SPARSEBERT_SANITIZE: expected {' or '.join(SANITIZERS)}, got {word}")
+    return words
+
+
+def cxx_flags() -> tuple[str, ...]:
+    """The C++ compiler's flags, a sanitizer's included. A finding ends the process, with lines of the sources."""
+    words = sanitizers()
+    if not words:
+        return CXX_FLAGS
+    watch = f"-fsanitize={','.join(words)}"
+    return (*CXX_FLAGS, "-O1", "-g", "-fno-omit-frame-pointer", watch, "-fno-sanitize-recover=all")
 
 
 def read_record(folder: Path) -> dict[str, object]:
@@ -229,7 +255,7 @@ def build(out: Path, work: Path, tools: Tools | None = None, *, cuda: bool = Tru
         "failed": result.failed,
         "compiler": version_of(tools.compiler),
         "nvcc": version_of(tools.nvcc) if "_C_cuda.so" in result.files else None,
-        "flags": list(CXX_FLAGS),
+        "flags": list(cxx_flags()),
     }
     # Last: binaries count only with a record that fits them.
     (out / (RECORD + ".new")).write_text(json.dumps(record, indent=1) + "\n")
@@ -241,10 +267,10 @@ def _ninja_script(sources: Path, tools: Tools, cuda: bool, result: Result) -> tu
     torch = Path(str(tools.torch))
     lines = [
         f"cxx = {_quote(str(tools.compiler))}",
-        f"flags = {' '.join(CXX_FLAGS)} -I{_quote(str(sources))} -isystem {_quote(str(torch / 'include'))}",
+        f"flags = {' '.join(cxx_flags())} -I{_quote(str(sources))} -isystem {_quote(str(torch / 'include'))}",
         f"lib = {_quote(str(torch / 'lib'))}",
         "rule cxx\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        "rule link\n  command = $cxx -shared -o $out $in $libs",
+        "rule link\n  command = $cxx $flags -shared -o $out $in $libs",
     ]
     objects = []
     for path in [sources / "ops.cpp", *sorted((sources / "cpu").glob("*.cpp"))]:
@@ -254,7 +280,7 @@ def _ninja_script(sources: Path, tools: Tools, cuda: bool, result: Result) -> tu
     targets = ["_C.so"]
     python = Path(sysconfig.get_path("include"))
     if tools.pybind11 is not None and (python / "Python.h").is_file():
-        version = " ".join(CXX_FLAGS)
+        version = " ".join(cxx_flags())
         lines.append(f"build host.o: cxx {_quote(str(sources / 'host.cpp'))}")
         lines.append(
             f"  extra = -isystem {_quote(str(tools.pybind11))} -isystem {_quote(str(python))}"

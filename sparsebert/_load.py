@@ -127,7 +127,8 @@ def _find_or_build() -> Path:
     if _complete(package, digest):
         return package
     cuda = _wants_cuda()
-    folder = cache_dir() / f"{digest[:16]}-{sysconfig.get_config_var('SOABI')}{'-cuda' if cuda else ''}"
+    kind = "".join(f"-{word}" for word in (*(["cuda"] if cuda else []), *_build.sanitizers()))
+    folder = cache_dir() / f"{digest[:16]}-{sysconfig.get_config_var('SOABI')}{kind}"
     return folder if _complete(folder, digest) else _build_once(folder, digest, cuda)
 
 

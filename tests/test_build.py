@@ -134,6 +134,22 @@ def test_the_hash_covers_content_and_names(tmp_path: Path) -> None:
     assert len({digest, renamed, _build.source_hash(sources)}) == 3
 
 
+@needs_build
+def test_a_sanitizer_builds_into_a_folder_of_its_own(checkout: Path, tmp_path: Path) -> None:
+    compiler = fake_compiler(tmp_path)
+    plain, _ = finish(start(FIND, checkout, CXX=compiler))
+    watched, _ = finish(start(FIND, checkout, CXX=compiler, SPARSEBERT_SANITIZE="address,undefined"))
+    assert watched != plain and watched.endswith("-address-undefined")
+    flags = json.loads((Path(watched) / _build.RECORD).read_text())["flags"]
+    assert "-fsanitize=address,undefined" in flags and "-fno-sanitize-recover=all" in flags
+    assert finish(start(FIND, checkout, CXX=compiler))[0] == plain
+    # Binaries with a sanitizer beside the package do not count for a process without.
+    shutil.copytree(watched, checkout / "sparsebert", dirs_exist_ok=True)
+    assert finish(start(FIND, checkout, CXX=compiler))[0] == plain
+    out, _ = finish(start(USE, checkout, CXX=compiler, SPARSEBERT_SANITIZE="addres"))
+    assert out == "[5] SPARSEBERT_SANITIZE: expected address or undefined, got addres"
+
+
 def test_missing_tools_are_named_one_by_one() -> None:
     tools = _build.find_tools()
     if tools.missing() is not None:

@@ -24,7 +24,8 @@ struct BlockSparse {
 // Checks everything but the columns, which the kernels check as they meet them.
 inline BlockSparse check_block_sparse(
     const Tensor& columns, const Tensor& row_starts, int64_t n, int64_t k, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(height > 0 && width > 0 && n >= 0 && k > 0 && n % height == 0 && k % width == 0,
+  check_shape(n, k);
+  STD_TORCH_CHECK(height > 0 && width > 0 && n % height == 0 && k % width == 0,
                   "shape: [", n, ", ", k, "] is not made of blocks of ", height, " x ", width);
   check_contiguous(columns, "columns");
   check_contiguous(row_starts, "row_starts");

@@ -18,7 +18,7 @@ Linear make_linear(
     const std::string& activation, Tensor& y) {
   check_contiguous(x, "x");
   check_contiguous(values, "values");
-  STD_TORCH_CHECK(n >= 0 && k > 0, "shape: expected [N, K] with K > 0, got [", n, ", ", k, "]");
+  check_shape(n, k);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x: expected [..., ", k, "]");
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: expected float32 or bfloat16");

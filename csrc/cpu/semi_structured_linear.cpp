@@ -46,7 +46,8 @@ SemiStructured check(const Tensor& values, const Tensor& positions, const std::v
       pattern.size() == 2 && pattern[0] > 0 && pattern[0] <= pattern[1] && pattern[1] <= 256,
       "pattern: expected n:m with 0 < n <= m <= 256");
   const int64_t kept = pattern[0], group = pattern[1];
-  STD_TORCH_CHECK(values.dim() == 2 && values.size(1) % kept == 0, "values: expected [N, K / m * n]");
+  STD_TORCH_CHECK(values.dim() == 2 && values.size(1) <= kMostSize && values.size(1) % kept == 0,
+                  "values: expected [N, K / m * n]");
   SemiStructured w{values.size(0), values.size(1) / kept * group, kept, group, group <= 4 ? 2 : group <= 16 ? 4 : 8,
                    values.const_data_ptr(), nullptr, values.size(1), 0, group >= kPanel ? group : kPanel / group * group,
                    {}};

@@ -32,6 +32,14 @@ inline void check_contiguous(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
+// The most rows or columns of a weight: products of two such sizes, and of a few small numbers, stay within 64 bits.
+constexpr int64_t kMostSize = int64_t{1} << 31;
+
+inline void check_shape(int64_t n, int64_t k) {
+  STD_TORCH_CHECK(n >= 0 && n <= kMostSize && k > 0 && k <= kMostSize,
+                  "shape: expected [N, K] with K > 0 and both at most ", kMostSize, ", got [", n, ", ", k, "]");
+}
+
 inline void check_bits(const Tensor& bits, int64_t entries) {
   check_contiguous(bits, "bits");
   STD_TORCH_CHECK(

@@ -5,7 +5,7 @@ namespace sparsebert {
 TiledCsr check_tiled_csr(
     int64_t nnz, const Tensor& offsets, const Tensor& rows, const Tensor& counts, const Tensor& starts, int64_t n,
     int64_t k) {
-  STD_TORCH_CHECK(n >= 0 && k > 0, "shape: expected [N, K] with K > 0, got [", n, ", ", k, "]");
+  check_shape(n, k);
   for (const auto& [tensor, name] : {std::pair{&offsets, "offsets"}, {&rows, "rows"}, {&counts, "counts"}, {&starts, "starts"}}) {
     check_contiguous(*tensor, name);
     STD_TORCH_CHECK(tensor->dim() == 1, name, ": expected one dimension");

@@ -28,6 +28,7 @@ Tensor unstructured_linear(
     Tensor x, Tensor values, Tensor offsets, Tensor rows, Tensor counts, Tensor starts,
     std::optional<Tensor> bias, std::vector<int64_t> shape, std::string activation, std::vector<Tensor> transposed) {
   STD_TORCH_CHECK(shape.size() == 2, "shape: expected [N, K]");
+  STD_TORCH_CHECK(values.dim() == 1, "values: expected [nnz], got ", values.dim(), " dimensions");
   TiledCsr w = check_tiled_csr(values.numel(), offsets, rows, counts, starts, shape[0], shape[1]);
   w.values = values.const_data_ptr();
   Tensor y;

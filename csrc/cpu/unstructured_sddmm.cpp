@@ -33,8 +33,8 @@ Tensor unstructured_sddmm(Tensor grad, Tensor x, Tensor offsets, Tensor rows, Te
   const Tensor out = empty({nnz}, x.scalar_type());
   if (nnz == 0) return out;
   const UnstructuredSddmmKernel& kernel = kernel_for(active_isa());
-  // The last panel's buffer must hold what a byte can name.
-  const int64_t columns = w.panels() * kPanel + kOffsets;
+  // The last panel's buffer must hold what a byte can name; beyond x's columns it is 0.
+  const int64_t columns = (w.panels() - 1) * kPanel + kOffsets;
   const int64_t chunk = (p.n + columns) * kernel.tile;
   const int64_t chunks = (p.m + kernel.tile - 1) / kernel.tile;
   const Scratch packed(std::min(kChunks, chunks) * chunk);
@@ -48,6 +48,7 @@ Tensor unstructured_sddmm(Tensor grad, Tensor x, Tensor offsets, Tensor rows, Te
       for (int64_t i = begin; i < end; ++i) {
         float* to = packed.get() + i / 2 * chunk + (i % 2 == 0 ? 0 : p.n * kernel.tile);
         kernel.pack_rows(p, i % 2 == 0, (first + i / 2) * kernel.tile, kernel.tile, to);
+        if (i % 2 != 0) std::fill(to + p.k * kernel.tile, to + columns * kernel.tile, 0.0f);
       }
     });
     torch::stable::parallel_for(0, w.strips() * w.panels(), 1, [&](int64_t begin, int64_t end) {

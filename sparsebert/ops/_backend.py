@@ -11,6 +11,7 @@ an error, never a silent fallback.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -159,13 +160,27 @@ class Op:
         if namespace not in self._described:
             self._described.add(namespace)
             if self._fake is not None:
-                torch.library.register_fake(qualified, self._fake)
+                torch.library.register_fake(qualified, _on_one_device(self.name, self._fake))
             if self._backward is not None:
                 torch.library.register_autograd(qualified, self._backward, setup_context=self._setup_context)
         return getattr(getattr(torch.ops, namespace), self.name).default
 
 
 OPS: dict[str, Op] = {}
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake` behind a check of devices: one meta tensor sends a whole call to it, and nobody would fill the result."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        tensors = [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        devices = {str(tensor.device) for tensor in tensors if isinstance(tensor, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{name}: expected tensors on one device, got {', '.join(sorted(devices))}")
+        return fake(*args)
+
+    return checked
 
 
 def _function(body: OpOverload, setup_context: Any, backward: Any) -> Callable[..., Any]:

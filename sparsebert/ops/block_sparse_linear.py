@@ -36,8 +36,8 @@ def block_sparse_linear(
     Products are summed in float32 (float64 for float64), bias and activation applied there, and the result rounded
     once. Where autograd records, the activation follows as torch's own op. Gradients: dX = dY · W, which needs
     `transposed`; dvalues = (dY^T X) in the stored blocks only; dbias = sum of dY. A block that is not stored has no
-    effect at all; whether a NaN or infinity in x reaches the outputs with no stored block in its column is not
-    promised.
+    effect at all: from the compiled kernels a NaN or infinity in x reaches only the outputs that store a block in its
+    column; the reference multiplies by zeros too, so that it may reach all outputs of its row.
 
     Args:
         x: `[..., K]`, float32 or bfloat16 (float64 and float16 run on the reference).

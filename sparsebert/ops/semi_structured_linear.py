@@ -40,8 +40,9 @@ def semi_structured_linear(
     Products are summed in float32 (float64 for float64), bias and activation applied there, and the result rounded
     once. Where autograd records, the activation follows as torch's own op. Gradients: dX = dY · W, which needs
     `transposed`; dvalues = (dY^T X) at the stored places, the zeros that fill groups up included; dbias = sum of dY.
-    A weight that is not stored has no effect at all; whether a NaN or infinity in x reaches the outputs with no stored
-    weight in its column is not promised.
+    A weight that is not stored has no effect at all: from the compiled kernels a NaN or infinity in x reaches only the
+    outputs that store a weight, or a zero that fills a group up, in its column; the reference multiplies by zeros too,
+    so that it may reach all outputs of its row.
 
     Args:
         x: `[..., K]`, float32 or bfloat16 (float64 and float16 run on the reference).

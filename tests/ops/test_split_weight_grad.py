@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ops.linear_cases import check_error
 
 from sparsebert.ops import pack_bits
 from sparsebert.ops._backend import OPS
@@ -25,7 +26,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 )
 def test_both_parts(
     isa: str,
-    within: Callable[..., None],
     grid: tuple[int, int],
     block: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
@@ -40,7 +40,9 @@ def test_both_parts(
     assert scores.dtype == torch.float32 and dense.dtype == weight.dtype
     exact = split_weight_grad_reference(product.double(), weight.double(), bits, grid, *needs)
     usual = split_weight_grad_reference(product, weight, bits, grid, *needs)
-    within(scores, usual[0], exact[0], 3.0, tiny=True)
+    # Where the terms of a sum cancel, its error is measured by them.
+    terms = split_weight_grad_reference(product.double().abs(), weight.double().abs(), bits, grid, *needs)[0]
+    check_error(scores, usual[0], exact[0], 3.0, terms)
     assert torch.equal(dense, usual[1])
 
 
