@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,9 +152,10 @@ def choose(
 
 
 def measure(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of one call of each: medians over rounds in which all of them take turns, one call at a time.
+    """Seconds of one call of each: the least of rounds in which all of them take turns, one call at a time.
 
-    So each call finds the cache as the others left it, as a layer of a model does, rather than warm from itself.
+    So each call finds the cache as the others left it, as a layer of a model does, rather than warm from itself. The
+    least, since whatever else the machine does can only add to a call's time.
     """
     for call in calls.values():
         call()
@@ -169,7 +169,7 @@ def measure(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         order = names[turn % len(names) :] + names[: turn % len(names)]
         for name in order if turn % 2 == 0 else reversed(order):
             samples[name].append(_seconds(calls[name]))
-    return {**seconds, **{name: statistics.median(times) for name, times in samples.items()}}
+    return {**seconds, **{name: min(times) for name, times in samples.items()}}
 
 
 def _seconds(call: Callable[[], object]) -> float:
