@@ -210,8 +210,10 @@ def test_addresses_are_64_bit() -> None:
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in _build.SUFFIXES):
         text = path.read_text()
         for found in re.finditer(r"for \((?:int|int32_t|unsigned|auto) (\w+) = [^;]*; \1 < ([^;]+);", text):
-            # 32-bit counters only over lanes, bits and the members of one n:m group.
-            assert re.fullmatch(r"\d+|N|M|m|i", found.group(2)), f"{path.name}: {found.group(0)}"
+            # 32-bit counters only over lanes, bits, the members of one n:m group, and what is constant when compiling:
+            # template arguments (one capital) and kConstants.
+            few = r"\d+|[A-Zmi]|SB_WIDTH|k[A-Z]\w*( / (\d|k[A-Z]\w*))?"
+            assert re.fullmatch(few, found.group(2)), f"{path.name}: {found.group(0)}"
         for found in re.finditer(r"\bblockIdx\.[xyz]\b", text):
             before = text[: found.start()]
             assert before.endswith("static_cast<int64_t>("), f"{path.name}: blockIdx not widened first"
