@@ -116,6 +116,14 @@ SB_INLINE __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(p, x);
 }
 
+// A score times the factor, rounded as it was where the largest was sought. Contracted with the subtraction that follows
+// it would leave the rounding of a very large score, and not 0, between the largest and itself.
+SB_INLINE __m512 scaled(const float* scores, __m512 factor) {
+  __m512 product = _mm512_mul_ps(_mm512_loadu_ps(scores), factor);
+  __asm__("" : "+v"(product));
+  return product;
+}
+
 // One row's scores to probabilities in bf16, in their place, short of the division by their sum; returns one over that.
 // Zeros up to a multiple of 32.
 SB_INLINE float exponentials(float* scores, int64_t length, __m512 factor) {
@@ -130,15 +138,15 @@ SB_INLINE float exponentials(float* scores, int64_t length, __m512 factor) {
   __m512 total = _mm512_setzero_ps();
   auto* probabilities = reinterpret_cast<uint16_t*>(scores);
   for (j = 0; j + 32 <= length; j += 32) {
-    const __m512 a = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j), factor, largest));
-    const __m512 b = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j + 16), factor, largest));
+    const __m512 a = power_of_two(_mm512_sub_ps(scaled(scores + j, factor), largest));
+    const __m512 b = power_of_two(_mm512_sub_ps(scaled(scores + j + 16, factor), largest));
     total = _mm512_add_ps(total, _mm512_add_ps(a, b));
     _mm512_storeu_si512(probabilities + j, (__m512i)_mm512_cvtne2ps_pbh(b, a));
   }
   if (j < length) {
     const int64_t left = length - j;
-    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + j), factor, largest);
-    const __m512 y = _mm512_fmsub_ps(_mm512_loadu_ps(scores + j + 16), factor, largest);
+    const __m512 x = _mm512_sub_ps(scaled(scores + j, factor), largest);
+    const __m512 y = _mm512_sub_ps(scaled(scores + j + 16, factor), largest);
     const __m512 a = _mm512_maskz_mov_ps(first16(left), power_of_two(x));
     const __m512 b = _mm512_maskz_mov_ps(left > 16 ? first16(left - 16) : 0, power_of_two(y));
     total = _mm512_add_ps(total, _mm512_add_ps(a, b));

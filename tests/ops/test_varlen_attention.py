@@ -117,9 +117,10 @@ def test_any_scale(backend: str, within: Within, scale: float, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_scores_do_not_overflow(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [1e4, 1e15])
+def test_large_scores_do_not_overflow(isa: str, size: float, dtype: torch.dtype) -> None:
     q, k, v = make([20], dtype=dtype)
-    out = varlen_attention(q * 1e4, k * 1e4, v, starts_of([20]))
+    out = varlen_attention(q * size, k * size, v, starts_of([20]))
     # So far apart that each query takes the one key it fits best.
     best = torch.einsum("thd,shd->hts", q.double(), k.double()).argmax(-1)
     torch.testing.assert_close(out, torch.stack([v[best[head], head] for head in range(2)], 1))
@@ -190,10 +191,11 @@ def test_gradients_within_torchs_own_error(
     ours = gradients(lambda leaves: varlen_attention(*leaves, starts), dtype)
     usual = gradients(lambda leaves: plain(leaves, starts, dtype), dtype)
     exact = gradients(lambda leaves: plain(leaves, starts, torch.float64), torch.float64)
-    for result, own, truth in zip(ours, usual, exact, strict=True):
-        assert result.dtype == dtype
-        if sum(lengths):
-            within(result, own, truth, 3.0, tiny=True)
+    assert all(result.dtype == dtype for result in ours)
+    if sum(lengths):
+        # Together: the terms of dq and dk, which may cancel, are of the size of dv.
+        result, own, truth = (torch.cat([part.flatten() for part in parts]) for parts in (ours, usual, exact))
+        within(result, own, truth, 3.0, tiny=True)
 
 
 def test_in_float64_it_is_the_formula_and_passes_gradcheck() -> None:
