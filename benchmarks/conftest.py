@@ -31,6 +31,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 SEED = 0
+SETTLE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ class Bench:
     def interleave(self, candidates: Mapping[str, Callable[[], Any]], repeats: int | None = None) -> dict[str, Timing]:
         """Time every candidate `repeats` times in turns, each round beginning with another one.
 
-        Each is called twice before, so that allocations, lookups and compilations are behind it.
+        Each is called twice before, so that allocations, lookups and compilations are behind it. Before each timed call
+        the candidate runs untimed for `SETTLE` seconds, once at least: libraries bring thread pools of their own, whose
+        threads go on spinning for a while after a call and would be timed with the candidate that comes next. So
+        caches are as warm as a candidate leaves them to itself.
         """
         read, names = CLOCKS[self.clock], list(candidates)
         times: dict[str, list[float]] = {name: [] for name in names}
@@ -63,6 +67,10 @@ class Bench:
         for turn in range(repeats or self.repeats):
             for place in range(len(names)):
                 name = names[(turn + place) % len(names)]
+                settled = time.perf_counter() + SETTLE
+                candidates[name]()
+                while time.perf_counter() < settled:
+                    candidates[name]()
                 _synchronize()
                 start = read()
                 candidates[name]()
