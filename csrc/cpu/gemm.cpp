@@ -13,9 +13,11 @@ namespace {
 
 // torch sends fp32 products to MKL, which on AMD reaches less than half of the machine where oneDNN (part of the same
 // torch) reaches most of it; elsewhere MKL is the better one. bf16 products are oneDNN's in torch already.
-bool prefers_onednn(const Tensor& a, bool activated) {
-  constexpr int64_t kFew = 4;  // next to a matrix-vector product memory is the bound; the leaner call wins
-  if (a.size(0) < kFew || a.size(1) < kFew) return false;
+bool prefers_onednn(const Tensor& a, const Tensor& b, bool activated) {
+  // Next to a matrix-vector product memory is the bound and the leaner call wins, unless the weight is large: there two
+  // threads of MKL take as long as one. sparsebert/nn/sparse_linear.py knows the same two numbers.
+  constexpr int64_t kFew = 4, kLarge = 1 << 20;
+  if ((a.size(0) < kFew && b.numel() < kLarge) || a.size(1) < kFew) return false;
   if (a.scalar_type() == ScalarType::BFloat16) return activated && has(Isa::avx512);
   return a.scalar_type() == ScalarType::Float && has(Isa::avx2) && std::strcmp(cpu().vendor, "AuthenticAMD") == 0;
 }
@@ -59,7 +61,7 @@ Tensor activated(const Tensor& y, Activation activation) {
 }  // namespace
 
 Tensor matmul_t(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, Activation activation) {
-  if (prefers_onednn(a, activation != Activation::none)) return onednn_linear(a, b, bias, activation);
+  if (prefers_onednn(a, b, activation != Activation::none)) return onednn_linear(a, b, bias, activation);
   return activated(aten_linear(a, b, bias), activation);
 }
 

@@ -1,7 +1,5 @@
 #include "linear.h"
 
-#include <new>
-
 namespace sparsebert {
 
 int activation_number(const std::string& activation) {
@@ -31,7 +29,7 @@ Linear make_linear(
   const int act = activation_number(activation);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
-  y = empty(sizes, dtype);
+  y = empty_large(sizes, dtype);
   return Linear{x.numel() / k, n, k, dtype == ScalarType::BFloat16, x.const_data_ptr(),
                 bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), act};
 }
@@ -54,10 +52,6 @@ Tasks::Tasks(int64_t m, int64_t tile, int64_t parts, int64_t most, int64_t least
 Task Tasks::at(int64_t i) const {
   const int64_t row = i / groups_ * tile_, part = i % groups_ * per_group_;
   return Task{row, std::min(tile_, m_ - row), part, std::max<int64_t>(std::min(per_group_, parts_ - part), 0)};
-}
-
-Scratch::Scratch(int64_t floats) : memory_(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)) {
-  if (memory_ == nullptr) throw std::bad_alloc();
 }
 
 }  // namespace sparsebert

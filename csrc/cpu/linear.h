@@ -6,12 +6,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "isa.h"
+#include "scratch.h"
 #include "tensors.h"
 
 namespace sparsebert {
@@ -52,19 +52,6 @@ class Tasks {
 
  private:
   int64_t m_, tile_, tiles_, parts_, groups_, per_group_;
-};
-
-// Floats on a cache line's boundary, not initialised.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats);
-  ~Scratch() { std::free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* get() const { return static_cast<float*>(memory_); }
-
- private:
-  void* memory_;
 };
 
 }  // namespace sparsebert

@@ -2,33 +2,13 @@
 
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 
+#include "scratch.h"
 #include "tensors.h"
 
 namespace sparsebert {
-
-// Floats on a cache line's boundary, not initialised.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : memory_(static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats) * 4 / 64 + 1) * 64))) {
-    if (memory_ == nullptr) throw std::bad_alloc();
-  }
-  float* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory_;
-};
 
 // The mask's bytes (0 or 1), or null where everything counts.
 inline const uint8_t* mask_bytes(const std::optional<Tensor>& mask, const char* name, int64_t entries) {
@@ -56,18 +36,6 @@ inline Dtype loss_dtype(const Tensor& tensor, const char* name) {
 inline Tensor scalar(double value) {
   const Tensor out = empty({}, ScalarType::Float);
   *data<float>(out) = static_cast<float>(value);
-  return out;
-}
-
-// A large tensor not yet written, in huge pages where the system gives them: faulting in 4 KiB at a time costs several
-// times what the losses take to compute. Only a hint: nothing depends on it.
-inline Tensor empty_large(std::vector<int64_t> sizes, ScalarType dtype) {
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const Tensor out = empty(std::move(sizes), dtype);
-  const auto bytes = static_cast<uintptr_t>(out.numel()) * (dtype == ScalarType::Float ? 4 : 2);
-  const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t first = (start + kHuge - 1) / kHuge * kHuge, last = (start + bytes) / kHuge * kHuge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   return out;
 }
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -73,6 +74,18 @@ const T* const_data(const Tensor& tensor) {
 
 inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty(sizes, dtype);
+}
+
+// A large tensor not yet written, in huge pages where the system gives them: faulting in 4 KiB at a time costs several
+// times what a loss or a sparse layer takes to compute. Only a hint: nothing depends on it.
+inline Tensor empty_large(std::vector<int64_t> sizes, ScalarType dtype) {
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const Tensor out = empty(std::move(sizes), dtype);
+  const auto bytes = static_cast<uintptr_t>(out.numel()) * (dtype == ScalarType::Float ? 4 : 2);
+  const auto start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t first = (start + kHuge - 1) / kHuge * kHuge, last = (start + bytes) / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  return out;
 }
 
 }  // namespace sparsebert

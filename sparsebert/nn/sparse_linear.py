@@ -23,8 +23,10 @@ from sparsebert.ops.dense_linear import is_amd
 
 __all__ = ["SparseLinear"]
 
-# Below so many rows the op `dense_linear` asks the same library as F.linear, and takes longer to do so.
+# Below so many rows, and with fewer weights than this, the op `dense_linear` asks the same library as F.linear
+# (csrc/cpu/gemm.cpp), and takes longer to do so.
 FEW_ROWS = 4
+MANY_WEIGHTS = 1 << 20
 
 _layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
 
@@ -97,7 +99,8 @@ class SparseLinear(StoredWeight):
         # An op over no weights at all has no compiled body.
         self._op = layout.format.op if min(layout.shape) > 0 else None
         self._pattern = list(layout.options.get("pattern", layout.shape))
-        self._few = FEW_ROWS * layout.shape[1]
+        n, k = layout.shape
+        self._few = FEW_ROWS * k if n * k < MANY_WEIGHTS else 0
         self._amd = is_amd()
 
     @property
