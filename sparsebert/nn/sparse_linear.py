@@ -17,9 +17,9 @@ from sparsebert.nn.layout import Layout
 from sparsebert.nn.masked import MaskedLinear
 from sparsebert.nn.stored_weight import StoredWeight, nothing_stored
 from sparsebert.nn.structure import check_dtype, kept_of
-from sparsebert.ops._backend import OPS, Op, below_autograd, forced_backend
+from sparsebert.ops._backend import OPS, Op, below_autograd
 from sparsebert.ops._linear import ACTIVATIONS, activate, check_operands, is_supported
-from sparsebert.ops.dense_linear import is_amd
+from sparsebert.ops.dense_linear import prefers_onednn
 
 __all__ = ["SparseLinear"]
 
@@ -109,8 +109,9 @@ class SparseLinear(StoredWeight):
         self._op = layout.format.op if min(layout.shape) > 0 else None
         self._pattern = list(layout.options.get("pattern", layout.shape))
         n, k = layout.shape
+        self._k = torch.Size((k,))
         self._few = FEW_ROWS * k if n * k < MANY_WEIGHTS else 0
-        self._amd = is_amd()
+        self._onednn = prefers_onednn()
 
     @property
     def activation(self) -> str:
@@ -185,22 +186,15 @@ class SparseLinear(StoredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in x's dtype, which is the weight's (autocast aside)."""
-        values = self.values
-        if (
-            self._dense
-            and (x.numel() < self._few or self._is_plain(values))
-            and (self._layout.exact or not values.requires_grad)
-        ):
-            try:
-                y = F.linear(x, values, self.bias)
-            except RuntimeError:
-                check_operands(x, values, self.bias, self.out_features, self.in_features)
-                raise
-            return y if self._activation == "none" else activate(y, self._activation)
-        bias = self.bias
-        if torch.is_grad_enabled() and (
+        values, bias = self.values, self.bias
+        recorded = torch.is_grad_enabled() and (
             x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+        )
+        if self._dense and (self._layout.exact or not values.requires_grad):
+            y = self._run_dense(x, values, bias, recorded)
+            if y is not None:
+                return y
+        if recorded:
             if torch.compiler.is_exporting():
                 # What is exported is for inference, and has no place to prepare in.
                 with torch.no_grad():
@@ -218,15 +212,36 @@ class SparseLinear(StoredWeight):
             return self._run(OPS[self._op], x, values, bias)
         return self._stored().linear(x, bias, self._activation)
 
+    def _run_dense(self, x: Tensor, values: Tensor, bias: Tensor | None, recorded: bool) -> Tensor | None:
+        """What the op `dense_linear` would ask for, without the way to it, some 8 of the 80 µs that 16 rows take.
+
+        None where that is not as simple as one call.
+        """
+        onednn = self._onednn and values.dtype is torch.float32 and values.is_cpu
+        if x.numel() < self._few or not (onednn or self._activation != "none"):
+            try:
+                return activate(F.linear(x, values, bias), self._activation)
+            except RuntimeError:
+                check_operands(x, values, bias, self.out_features, self.in_features)
+                raise
+        if (
+            onednn
+            and not recorded
+            and x.dtype is torch.float32
+            and x.is_cpu
+            and x.shape[-1:] == self._k
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            shift = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+            return torch.ops.mkldnn._linear_pointwise(x, values, shift, *_ONEDNN[self._activation])
+        return None
+
     def _run(self, op: Op, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The op itself, past the checks of its public function that hold for every call of this layer.
 
         They cost as much as the whole product of a single row.
         """
-        if self._dense and self._has_onednn(values) and x.numel() and forced_backend() is None:
-            # What the op would ask for, without the way to it: some 8 of the 80 µs that 16 rows take.
-            bias = None if bias is None else bias.contiguous()
-            return torch.ops.mkldnn._linear_pointwise(x, values, bias, *_ONEDNN[self._activation])
         buffers: dict[str, Any] = self._buffers
         index = [buffers[name] for name in self._index]
         body = op.pick(x.device, is_supported(x.dtype))
@@ -235,13 +250,6 @@ class SparseLinear(StoredWeight):
             if self._dense:
                 return body(x, values, bias, self._activation)
             return body(x.contiguous(), values, *index, bias, self._pattern, self._activation, [])
-
-    def _is_plain(self, values: Tensor) -> bool:
-        """Whether the op `dense_linear` would only do what F.linear does: it fuses, and has another library on AMD."""
-        return self._activation == "none" and not self._has_onednn(values)
-
-    def _has_onednn(self, values: Tensor) -> bool:
-        return self._amd and values.dtype == torch.float32 and values.device.type == "cpu"
 
     def _for_gradients(self, x: Tensor) -> Sequence[Tensor]:
         """What the backward of x needs, made now if need be."""

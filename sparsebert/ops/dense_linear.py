@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsebert import _load
@@ -12,7 +13,7 @@ from sparsebert.ops import _linear
 from sparsebert.ops._backend import Op
 from sparsebert.ops.masked_linear import full_precision
 
-__all__ = ["dense_linear", "dense_linear_reference", "is_amd"]
+__all__ = ["dense_linear", "dense_linear_reference", "prefers_onednn"]
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
@@ -48,10 +49,10 @@ def dense_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, activ
 
 
 @functools.cache
-def is_amd() -> bool:
-    """Whether this CPU is one where torch's own fp32 products, MKL's, run at half its speed, and oneDNN's do not."""
+def prefers_onednn() -> bool:
+    """Whether torch's own fp32 products, MKL's, run at half of this CPU's speed where oneDNN's do not: on AMD."""
     host = _load.host()
-    return host is not None and host.cpu_vendor() == "AuthenticAMD"
+    return torch.backends.mkldnn.is_available() and host is not None and host.cpu_vendor() == "AuthenticAMD"
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Any, activation: str) -> Tensor:
