@@ -219,8 +219,14 @@ def build(
     from sparsebert.models.task_model import TaskModel
     from sparsebert.patterns import parse_pattern
 
-    model = TaskModel(base(kind), "classification", 2, head_width=8, seed=seed)
-    chosen = parse_pattern(pattern)
+    method, chosen = METHODS[name], parse_pattern(pattern)
+    given = method.Settings(**settings)
+    small = base(kind)
+    method.shape(small, given)
+    model = TaskModel(small, "classification", 2, head_width=8, seed=seed, head=method.defaults.get("head", "mlp"))
+    teacher = None
+    if method.wants_teacher(given):
+        teacher = TaskModel(base(kind, seed=1), "classification", 2, head_width=8, seed=seed + 1).eval()
     context = Context(
         model=model,
         matrices=prunable_matrices(model.base, masked),
@@ -230,5 +236,6 @@ def build(
         dtype=torch.float32,
         seed=seed,
         untouched=untouched,
+        teacher=teacher,
     )
-    return METHODS[name](context, METHODS[name].Settings(**settings))
+    return method(context, given)

@@ -157,8 +157,9 @@ class Collator:
     """Items of `Encoded` to a batch of tensors, padded on the right to the longest item.
 
     Lists become `[batch, longest]` int64 (`input_ids` padded with the tokenizer's padding token, `token_type_ids`
-    with its padding type, everything else with 0); numbers become `[batch]`, int64 for integers, float32 for floats.
-    It keeps three numbers and not the tokenizer, so that workers get it cheaply.
+    with its padding type, `labels` with -100, everything else with 0); numbers become `[batch]`, int64 for integers,
+    float32 for floats.
+    It keeps a few numbers and not the tokenizer, so that workers get it cheaply.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None) -> None:
@@ -166,7 +167,8 @@ class Collator:
             raise UserError("tokenizer: it has no padding token; set tokenizer.pad_token")
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise UserError(f"pad_to_multiple_of: expected at least 1, got {pad_to_multiple_of}")
-        self.pads = {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": int(tokenizer.pad_token_type_id)}
+        ids, types = int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id)
+        self.pads = {"input_ids": ids, "token_type_ids": types, "labels": -100}
         self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ from datasets import ClassLabel, Dataset, Features, Value
 from sparsebert.data.demo import DEMO_TASKS, demo_columns
 from sparsebert.data.digest import sha256_file
 from sparsebert.data.find import find_splits
-from sparsebert.data.labels import class_numbers, infer_classes, numbers, rows_text, typed
-from sparsebert.data.read import UNTYPED, Columns, class_words, read_columns
+from sparsebert.data.labels import class_numbers, infer_classes, numbers, typed
+from sparsebert.data.read import UNTYPED, Columns, check_texts, class_words, read_columns
 from sparsebert.data.spans import check_answers
 from sparsebert.data.split import hold_out, input_keys, sample
 from sparsebert.data.tasks import CLASSIFICATION, REGRESSION, SPAN, TASKS, TaskSpec, custom_task, find_task
+from sparsebert.data.variants import Variant, apply_variant
 from sparsebert.errors import UserError
 
 __all__ = ["TaskData", "load_task"]
@@ -45,7 +46,8 @@ class TaskData:
     note: str = ""
     """What a reader of a result must know of the data: how they were split, sizes that are not the official ones."""
     fingerprint: dict[str, object] = field(default_factory=dict)
-    """Plain values that name the data: per split the files with SHA-256 and rows, the sampling and the split."""
+    """Plain values that name the data: per split the files with SHA-256 and rows, the sampling, the split and what a
+    variant changed."""
 
 
 @dataclass
@@ -72,6 +74,7 @@ def load_task(
     seed: int = 0,
     require_train: bool = True,
     kind: str | None = None,
+    variant: Variant | None = None,
 ) -> TaskData:
     """A task's train and validation data, checked.
 
@@ -86,6 +89,7 @@ def load_task(
         seed: of the sampling and of splitting; the data's own seed, apart from a run's.
         require_train: False accepts data without a train split, for evaluation only.
         kind: "classification" or "regression" to override what a custom label column looks like.
+        variant: what to change of the train split, and of no other, before `max_train_samples` are taken.
 
     Raises:
         UserError: whatever is wrong with the data, naming file, column and rows, and what to do.
@@ -102,7 +106,8 @@ def load_task(
     else:
         splits = _from_files(Path(data_dir).expanduser(), spec, text_columns or (), label_column or "label", notes)
     for split, content in splits.items():
-        _check_texts(content, spec.text_columns if spec else tuple(text_columns or ()))
+        for column in spec.text_columns if spec else text_columns or ():
+            check_texts(content.columns[column], content.where, column)
         if content.files:
             fingerprint[split] = content.files
     if require_train and "train" not in splits:
@@ -117,7 +122,7 @@ def load_task(
     datasets = {split: _dataset(content, spec) for split, content in splits.items()}
     if spec.kind == CLASSIFICATION and "train" in datasets:
         _refuse_one_class(datasets["train"], spec, splits["train"].where)
-    return _finish(spec, datasets, notes, fingerprint, max_train_samples, max_eval_samples, seed)
+    return _finish(spec, datasets, notes, fingerprint, max_train_samples, max_eval_samples, seed, variant)
 
 
 def _finish(
@@ -128,6 +133,7 @@ def _finish(
     max_train_samples: int | None,
     max_eval_samples: int | None,
     seed: int,
+    variant: Variant | None,
 ) -> TaskData:
     """Split off what is missing, sample, and gather the notes."""
     _size_notes(spec, datasets, notes)
@@ -147,6 +153,9 @@ def _finish(
         notes.append("no train split")
     elif spec.kind != SPAN:
         _overlap_note(spec, train, datasets["validation"], notes)
+    if variant and len(train):
+        train, note, fingerprint["variant"] = apply_variant(train, spec, variant)
+        notes.append(note)
     train = sample(train, max_train_samples, seed, "max_train_samples") if len(train) else train
     evals = {split: sample(rows, max_eval_samples, seed, "max_eval_samples") for split, rows in datasets.items()}
     if max_train_samples is not None or max_eval_samples is not None:
@@ -231,29 +240,6 @@ def _from_hub(spec: TaskSpec | None, fingerprint: dict[str, object]) -> dict[str
             files: list[dict[str, object]] = [{"rows": len(rows), "fingerprint": str(rows._fingerprint)}]
             found[split] = _Split(columns, f"{name} {source}", files)
     return found
-
-
-def _check_texts(split: _Split, names: Sequence[str]) -> None:
-    if split.rows == 0:
-        raise UserError(f"{split.where}: the file has no rows")
-    for name in names:
-        values = split.columns[name]
-        missing = [row for row, value in enumerate(values) if value is None]
-        if missing:
-            raise UserError(
-                f"{split.where}: {len(missing)} of {len(values)} rows have no text in column {name!r}: "
-                f"{rows_text(missing)}"
-            )
-        odd = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
-        if odd is not None:
-            kind = type(values[odd]).__name__
-            raise UserError(f"{split.where}: column {name!r} holds {kind} in row {odd + 1}, expected text")
-        if not any(value.strip() for value in values):
-            raise UserError(f"{split.where}: column {name!r} is blank in all {len(values)} rows")
-        try:
-            "".join(values).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{split.where}: column {name!r} has text that is not valid Unicode") from None
 
 
 def _custom_spec(

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsebert.data.labels import rows_text
 from sparsebert.errors import UserError
 
-__all__ = ["ENDINGS", "UNTYPED", "Columns", "class_words", "read_columns"]
+__all__ = ["ENDINGS", "UNTYPED", "Columns", "check_texts", "class_words", "read_columns", "read_text"]
 
 Columns = dict[str, list[Any]]
 ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
@@ -56,7 +57,7 @@ def read_columns(
         raise UserError(f"{path}: no such file")
     if path.suffix.lower() == ".parquet":
         return _parquet(path, wanted, renames or {}, optional), 0
-    text, dropped = _text(path), 0
+    text, dropped = read_text(path), 0
     match path.suffix.lower():
         case ".csv":
             columns = _csv(path, text)
@@ -115,7 +116,39 @@ def _parquet(path: Path, wanted: Sequence[str], renames: Mapping[str, str], opti
     return columns
 
 
-def _text(path: Path) -> str:
+def check_texts(values: Sequence[Any], where: str, name: str) -> None:
+    """A `UserError` unless a column holds text in every row, valid Unicode, and is not blank throughout.
+
+    Args:
+        values: of the column.
+        where: the file, for the message.
+        name: of the column.
+    """
+    if not values:
+        raise UserError(f"{where}: the file has no rows")
+    missing = [row for row, value in enumerate(values) if value is None]
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} of {len(values)} rows have no text in column {name!r}: {rows_text(missing)}"
+        )
+    odd = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
+    if odd is not None:
+        kind = type(values[odd]).__name__
+        raise UserError(f"{where}: column {name!r} holds {kind} in row {odd + 1}, expected text")
+    if not any(value.strip() for value in values):
+        raise UserError(f"{where}: column {name!r} is blank in all {len(values)} rows")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: column {name!r} has text that is not valid Unicode") from None
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without a byte order mark.
+
+    Raises:
+        UserError: the file cannot be read, is empty, not UTF-8, compressed, parquet or a Git LFS pointer.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -6,8 +6,12 @@ from sparsebert.methods.feature_extraction import FeatureExtraction
 from sparsebert.methods.finetune import FineTune
 from sparsebert.methods.gmp import GradualMagnitude
 from sparsebert.methods.imp import IterativeMagnitude
+from sparsebert.methods.kd import Distil
 from sparsebert.methods.magnitude import Magnitude
+from sparsebert.methods.movement import Movement
 from sparsebert.methods.random import RandomMask
+from sparsebert.methods.smp import StaticPruning
+from sparsebert.methods.soft_movement import SoftMovement
 
 __all__ = ["METHODS", "Context", "Method", "Phase", "TrainingModule"]
 
@@ -17,6 +21,10 @@ METHODS: dict[str, type[Method]] = {
     "finetune": FineTune,
     "gmp": GradualMagnitude,
     "imp": IterativeMagnitude,
+    "kd": Distil,
     "magnitude": Magnitude,
+    "movement": Movement,
     "random": RandomMask,
+    "smp": StaticPruning,
+    "soft_movement": SoftMovement,
 }

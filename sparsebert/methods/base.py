@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from sparsebert.models.task_model import TaskModel
 from sparsebert.nn import Masks
 from sparsebert.patterns import Allocation, Matrix, Pattern
 from sparsebert.patterns.base import ALLOCATIONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Objective = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 __all__ = ["Context", "Method", "Phase", "TrainingModule", "check_setting", "describe"]
 
@@ -35,6 +40,12 @@ class Context:
     seed: int
     untouched: bool = True
     """Whether a sparsifying method first trains the head on the untouched model, to compare with."""
+    teacher: TaskModel | None = None
+    """The dense model that is distilled, for a method that wants one. Its weights are in place when the first phase
+    starts, not before."""
+    source: str = ""
+    """The folder or hub id that the base was loaded from."""
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class TrainingModule(nn.Module):
@@ -47,11 +58,17 @@ class TrainingModule(nn.Module):
 
     memory: Tensor
     accepts_loss_kwargs = False  # Trainer would otherwise pass `num_items_in_batch`
+    objective: Objective | None
+    """What a phase trains on in place of the task's loss: takes the batch by name, returns at least `loss`. Not asked
+    in eval mode, where the model is scored as it will be used."""
 
     def __init__(self, model: TaskModel, masks: Masks | None = None) -> None:
         super().__init__()
         self.model = model
         self.masks = masks
+        self.objective = None
+        # What is trained beside the model, by name: a projection to the teacher's width, a masked-LM head.
+        self.extra = nn.ModuleDict()
         # What a method must remember between steps lives in a tensor, so that every checkpoint holds it.
         self.register_buffer("memory", torch.zeros(8, dtype=torch.float64))
 
@@ -64,8 +81,18 @@ class TrainingModule(nn.Module):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """As `TaskModel.forward`."""
-        return self.model(input_ids, attention_mask, token_type_ids, labels, start_positions, end_positions)
+        """The objective's result while training under one; else as `TaskModel.forward`."""
+        if self.objective is None or not self.training:
+            return self.model(input_ids, attention_mask, token_type_ids, labels, start_positions, end_positions)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "labels": labels,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+        }
+        return self.objective({name: value for name, value in batch.items() if value is not None})
 
 
 class Phase:
@@ -75,6 +102,10 @@ class Phase:
     name: str = "train"
     report: str | None = None
     """If set, the model is scored on the validation set after this phase, under this name."""
+    data: ClassVar[str] = "task"
+    """What is trained on: the `task`'s examples, or `text` (`--text`, packed to blocks)."""
+    masking: float = 0.0
+    """Share of the tokens that are to be predicted, for a phase on text."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -108,6 +139,14 @@ class Phase:
         """Numbers for the log beside Trainer's own."""
         return {}
 
+    def outcome(self, held_out: Any) -> dict[str, Any]:
+        """What the result should say of this phase, asked once after `finish`.
+
+        Args:
+            held_out: for a phase on text, a dataset of blocks that were not trained on; else None.
+        """
+        return {}
+
     def finish(self) -> None:
         """Called once at the end of the phase; must leave tensors changed in place only."""
 
@@ -132,9 +171,20 @@ class Method(ABC):
     """Defaults that differ from Trainer's or the run's, by argument name."""
     sparsifies: ClassVar[bool] = True
 
+    @classmethod
+    def wants_teacher(cls, settings: Any) -> bool:
+        """Whether a run with these settings needs a teacher."""
+        return False
+
+    @classmethod  # noqa: B027 (most methods change nothing)
+    def shape(cls, base: PreTrainedModel, settings: Any) -> None:
+        """Changes the loaded base before a head is put on it: a student of fewer layers."""
+
     def __init__(self, context: Context, settings: Any) -> None:
         self.context = context
         self.settings = settings
+        if context.teacher is None and self.wants_teacher(settings):
+            raise TypeError(f"{self.name}: these settings need a teacher in the context")
         self.check()
         self.module = self.build()
         self._first_head = {name: tensor.clone() for name, tensor in context.model.head.state_dict().items()}

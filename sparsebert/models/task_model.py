@@ -188,9 +188,27 @@ class TaskModel(nn.Module):
             ValueError: answers that do not belong to this kind of task.
         """
         self._check_answers(labels, start_positions, end_positions)
+        extra: dict[str, Any] = {"output_hidden_states": True} if self.wants_all_states else {}
+        output = self.encode(input_ids, attention_mask, token_type_ids, **extra)
+        return self.answer(output, attention_mask, labels, start_positions, end_positions)
+
+    @property
+    def wants_all_states(self) -> bool:
+        """Whether the head reads `hidden_states` of the base's output, not only its last."""
+        return self.head_kind == "mlp"
+
+    def answer(
+        self,
+        output: Any,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What `forward` returns, from the base's own output (`encode`)."""
         # The head is a small part of the work: it runs in fp32, so that equal inputs rank equally under any autocast.
-        features = self._features(input_ids, attention_mask, token_type_ids)
-        with torch.autocast(device_type=input_ids.device.type, enabled=False):
+        features = self._features(output, attention_mask)
+        with torch.autocast(device_type=output.last_hidden_state.device.type, enabled=False):
             outputs = self.head(features)
             if self.kind == "span":
                 return _span_output(outputs, attention_mask, start_positions, end_positions)
@@ -199,16 +217,20 @@ class TaskModel(nn.Module):
                 return _with_loss({"logits": logits}, None if labels is None else F.mse_loss(logits, labels.float()))
             return _with_loss({"logits": outputs}, None if labels is None else F.cross_entropy(outputs, labels))
 
-    def _features(
-        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
-    ) -> Tensor | list[Tensor]:
-        extra: dict[str, Any] = {}
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **extra: Any,
+    ) -> Any:
+        """The base's own output, the head left out; arguments as for `forward`, `extra` for the base."""
         if self._takes_token_types and token_type_ids is not None:
             extra["token_type_ids"] = token_type_ids
-        if self.head_kind == "mlp":
-            extra["output_hidden_states"] = True
-        output = self.base(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
-        if self.head_kind == "mlp":
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
+
+    def _features(self, output: Any, attention_mask: Tensor | None) -> Tensor | list[Tensor]:
+        if self.wants_all_states:
             return [self._pool(state, attention_mask) for state in output.hidden_states]
         pooled = getattr(output, "pooler_output", None)
         if self.kind != "span" and self.pooling == "cls" and pooled is not None:

@@ -215,12 +215,17 @@ def _resolve(method: type[Method], stored: dict[str, dict[str, Any]], flags: dic
                 sections[place][key] = value
     sections["run"]["method"] = method.name
     values = {section: typed(cls, sections[section]) for section, cls in types.items()}
-    for key in ("data_dir", "model"):
-        # The run is read again from elsewhere: paths must not depend on where it was started.
+    for key in ("data_dir", "model", "teacher", "teacher_model"):
         value = values["run"].get(key)
-        if value and (key, value) != ("model", RunSettings.model) and Path(value).expanduser().exists():
-            values["run"][key] = str(Path(value).expanduser().resolve())
+        if value and not (key.endswith("model") and value == RunSettings.model):
+            values["run"][key] = _whole_path(value)
+    values["run"]["text"] = [_whole_path(path) for path in values["run"].get("text", [])]
     return Config(RunSettings(**values["run"]), method.Settings(**values["settings"]), values["trainer"])
+
+
+def _whole_path(path: str) -> str:
+    """The run is read again from elsewhere: a path must not depend on where it was started."""
+    return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
 
 
 def _is_default(method: object, key: str, value: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from sparsebert.data import TaskData, load_task
+from sparsebert.data import TaskData, Variant, load_task
 from sparsebert.errors import UserError, unknown
 from sparsebert.training.settings import RunSettings
 
@@ -54,7 +54,8 @@ def max_length(run: RunSettings) -> int:
 
 
 def load_run_task(run: RunSettings, *, require_train: bool = True) -> TaskData:
-    """The data that a run's settings name."""
+    """The data that a run's settings name; without `require_train`, for scoring alone, the train split as it is."""
+    variant = Variant(run.few_samples, run.label_noise, run.imbalance, run.variant_seed)
     return load_task(
         run.task,
         run.data_dir,
@@ -63,6 +64,7 @@ def load_run_task(run: RunSettings, *, require_train: bool = True) -> TaskData:
         max_train_samples=run.max_train_samples,
         max_eval_samples=run.max_eval_samples,
         require_train=require_train,
+        variant=variant if require_train else None,
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from sparsebert.data import Collator, Encoded, demo_model_path, encode, hold_out, label_ids
+from sparsebert.data import Collator, Encoded, TaskData, demo_model_path, encode, hold_out, label_ids
+from sparsebert.data.text import MaskedText, PackedText, load_text, pack_text
 from sparsebert.errors import UserError, unknown
 from sparsebert.methods import METHODS
 from sparsebert.methods.base import Context, Method, Phase
@@ -30,6 +31,7 @@ from sparsebert.training.interrupt import InterruptCallback, Interrupted
 from sparsebert.training.loss import LossCallback, check_weights
 from sparsebert.training.progress import ProgressCallback
 from sparsebert.training.scoring import encode_validation, evaluate_saved, score_sets
+from sparsebert.training.teacher import Teacher
 from sparsebert.training.trainer import build_optimizer, build_trainer, freeze_unused, training_arguments
 
 __all__ = ["Config", "Run", "evaluate_saved"]
@@ -42,12 +44,15 @@ class Run:
         config: resolved settings.
         folder: where it goes; made new, or with `resume` an interrupted run's.
         resume: go on from what the folder holds.
+        data: the task, if it is at hand.
 
     Raises:
         UserError: anything wrong with settings, model, data or folder; nothing has been written then.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, *, resume: bool = False) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder, *, resume: bool = False, data: TaskData | None = None
+    ) -> None:
         self.config = config
         self.folder = folder
         self.started = time.monotonic()
@@ -60,11 +65,15 @@ class Run:
         self.precision = resolve_precision(run.precision)
         self.device = device()
         self.seed = int(config.trainer.get("seed", 42))
-        self.data = load_run_task(run)
+        self.data = data or load_run_task(run)
         self._load_model()
         self._encode()
+        self.teacher: Teacher | None = None
+        if METHODS[run.method].wants_teacher(config.method):
+            self.teacher = Teacher(config, self.data, self.precision, self.model, self.tokenizer)
         self.method = self._build_method()
         self.phases = self.method.phases()
+        self._pack_text()
         for index, phase in enumerate(self.phases):
             self._arguments(index, phase)
         # What was left open is written down as it was decided, so that the file alone repeats the run.
@@ -76,7 +85,8 @@ class Run:
             max_length=self.length,
         )
         self._preparing = time.monotonic() - self.started
-        inputs = {"model": self.fingerprint, "data": self.data.fingerprint, "ranks": distributed.world_size()}
+        text = {"text": self.text.fingerprint} if self.text else {}
+        inputs = {**text, "model": self.fingerprint, "data": self.data.fingerprint, "ranks": distributed.world_size()}
         distributed.once(lambda: folder.check_inputs(inputs) if resume else folder.create(config.as_dict(), inputs))
 
     def _load_model(self) -> None:
@@ -85,6 +95,7 @@ class Run:
         base, self.tokenizer = load_base(self.model_source)
         choose_attention(base, compute_dtype(self.precision))
         self.fingerprint = model_fingerprint(base)
+        METHODS[run.method].shape(base, self.config.method)
         self.label_ids = label_ids(spec, base_label_map(base)) if spec.kind == "classification" else {}
         names = tuple(sorted(self.label_ids, key=self.label_ids.__getitem__))
         head = run.head or METHODS[run.method].defaults.get("head", "mlp")
@@ -125,12 +136,43 @@ class Run:
             dtype=compute_dtype(self.precision),
             seed=self.seed,
             untouched=run.untouched,
+            teacher=self.teacher.model if self.teacher else None,
+            source=self.model_source,
+            tokenizer=self.tokenizer,
         )
         if "pooler" in run.masked and (self.model.head_kind != "linear" or self.model.kind == "span"):
             raise UserError("masked pooler: this head does not use the pooler; add --head linear, or mask other parts")
         method = METHODS[run.method](context, self.config.method)
         method.module.to(self.device)
+        if self.teacher is not None:
+            self.teacher.model.to(self.device)
+            choose_attention(self.teacher.model.base, context.dtype)
         return method
+
+    def _pack_text(self) -> None:
+        """Reads and packs `--text` where a phase trains on it."""
+        self.text: PackedText | None = None
+        wanted = [phase.name for phase in self.phases if phase.data == "text"]
+        run = self.config.run
+        if not wanted:
+            if run.text:
+                raise UserError(f"text: method {run.method} with these settings does not train on text; leave it out")
+            return
+        if not run.text:
+            raise UserError(
+                f"text: phase {wanted[0]} of method {run.method} trains on text; give --text FILE or FOLDER"
+            )
+        longest = max_tokens(self.model.base)
+        if run.text_length is not None and run.text_length > longest:
+            raise UserError(f"text_length: the model takes at most {longest} tokens, got {run.text_length}")
+        self.text = pack_text(load_text(run.text), self.tokenizer, run.text_length or min(512, longest))
+
+    def _examples(self, phase: Phase) -> tuple[Any, Any]:
+        """What a phase trains on, and what is held out of it, if anything."""
+        if phase.data == "task" or self.text is None:
+            return self.train_set, self.held_out
+        seed = int(self.config.trainer.get("data_seed") or self.seed)
+        return tuple(MaskedText(part, self.tokenizer, seed, phase.masking) for part in self.text.parts())
 
     def execute(self) -> dict[str, Any]:
         """Runs all phases that are not finished yet, saves the model, scores it, writes result.json.
@@ -147,9 +189,10 @@ class Run:
         notes: list[dict[str, Any]] = []
         try:
             with guard_disk(self.folder.root):
+                teacher = self.teacher.fit() if self.teacher else None
                 for index, phase in enumerate(self.phases):
                     notes.append(self._run_phase(index, phase, interrupt))
-                result = self._finish(notes, interrupt) if distributed.is_main() else {}
+                result = self._finish(notes, teacher, interrupt) if distributed.is_main() else {}
         finally:
             interrupt.remove()
         distributed.barrier()
@@ -167,6 +210,7 @@ class Run:
             notes = self._train(index, phase, interrupt)
             phase.finish()
             phase.loaded()
+            notes["outcome"] = phase.outcome(self._examples(phase)[1] if phase.data == "text" else None)
             if distributed.is_main():
                 temporary = state.with_suffix(".tmp")
                 save_file(module.state_dict(), temporary)
@@ -204,9 +248,10 @@ class Run:
             module.load_state_dict(load_file(weights, device=str(self.device)))
             steps = checkpoint.step
         else:
+            train, held_out = self._examples(phase)
             trainer = build_trainer(
                 phase, arguments, optimizer,
-                train=self.train_set, held_out=self.held_out, collator=self.collator, spec=self.data.spec,
+                train=train, held_out=held_out, collator=self.collator, spec=self.data.spec,
                 reports=self.folder.reports, first=[losses, LogCallback(self.folder, phase)],
                 callbacks=[turns, interrupt, progress, saves],
             )  # fmt: skip
@@ -239,7 +284,9 @@ class Run:
             kind=self.model.kind,
         )
 
-    def _finish(self, notes: list[dict[str, Any]], interrupt: InterruptCallback) -> dict[str, Any]:
+    def _finish(
+        self, notes: list[dict[str, Any]], teacher: dict[str, Any] | None, interrupt: InterruptCallback
+    ) -> dict[str, Any]:
         begun = time.monotonic()
         run, data = self.config.run, self.data
         masks = {name: mask.cpu() for name, mask in self.method.finish().items()}
@@ -264,7 +311,12 @@ class Run:
             "sparsity": {**report, "target": run.sparsity if sparsifies else 0.0},
             "seed": self.seed,
             "seconds": round(spent + self._preparing + time.monotonic() - begun, 1),
-            "phases": [{k: note[k] for k in ("phase", "steps", "train_loss", "train_seconds")} for note in notes],
+            "phases": [
+                {k: note[k] for k in ("phase", "steps", "train_loss", "train_seconds")} | note.get("outcome", {})
+                for note in notes
+            ],
+            **({"teacher": teacher} if teacher else {}),
+            **({"text": self.text.fingerprint} if self.text else {}),
             "precision": self.precision,
             "ranks": distributed.world_size(),
             "model": {"source": run.model, "sha256": self.fingerprint},

@@ -31,6 +31,12 @@ class RunSettings:
     label_column: str | None = _arg(None, "column of the label of your own data")
     max_train_samples: int | None = _arg(None, "train on at most this many examples")
     max_eval_samples: int | None = _arg(None, "evaluate on at most this many examples")
+    imbalance: float | None = _arg(
+        None, "drop training rows until the most frequent class has this many times the rows of the rarest one"
+    )
+    few_samples: int | None = _arg(None, "then train on exactly this many of them, drawn at random")
+    label_noise: float = _arg(0.0, "then flip each training label to another class with this probability")
+    variant_seed: int = _arg(0, "of --imbalance, --few-samples and --label-noise; the same data whatever --seed is")
     max_length: int | None = _arg(None, "longest input in tokens [64 for the demo, 384 for SQuAD, else 128]")
     pattern: str = _arg("unstructured", "unstructured, 2:4 (any n:m), block:RxC, neurons, heads")
     sparsity: float | None = _arg(None, "share of the masked weights to prune, in [0, 1) [0.5, or what n:m says]")
@@ -49,6 +55,21 @@ class RunSettings:
     )
     pooling: str = _arg("cls", "what the head sees of a sequence: cls or mean", choices=["cls", "mean"])
     precision: str = _arg("auto", "auto: bf16 where the hardware has it", choices=["auto", "fp32", "bf16", "fp16"])
+    teacher: str | None = _arg(
+        None, "folder of a finished dense run to distil; without it, one is trained once and kept by its configuration"
+    )
+    teacher_model: str | None = _arg(None, "what the teacher is fine-tuned from [--model]")
+    teacher_learning_rate: float = _arg(5e-5, "of the teacher's fine-tuning")
+    teacher_epochs: float = _arg(3.0, "of the teacher's fine-tuning")
+    teacher_max_steps: int = _arg(-1, "steps of the teacher's fine-tuning; wins over --teacher-epochs")
+    teacher_seed: int = _arg(42, "of the teacher: runs that differ in --seed share one")
+    text: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "files or folders of plain text to pre-train on, for methods that do: txt, parquet, jsonl, csv"
+        },
+    )
+    text_length: int | None = _arg(None, "tokens of a block of text [512, or what the model takes]")
     untouched: bool = _arg(True, "also train the head on the untouched model and report it (feature extraction)")
     output: str | None = _arg(None, "folder of the run [runs/TASK-METHOD-N]")
     resume: str | None = _arg(None, "folder of an interrupted run to go on with; takes its own settings")

@@ -39,6 +39,8 @@ def result_table(result: dict[str, Any], folder: RunFolder) -> str:
     others = [key for key in result["metrics"] if key != metric]
     if others:
         rows.append(("also", ", ".join(f"{key} {result['metrics'][key]:.4f}" for key in others)))
+    if "teacher" in result and "score" in result["teacher"]:
+        rows.append((f"{metric} of the teacher", f"{result['teacher']['score']:.4f}"))
     if "untouched" in result:
         rows.append((f"{metric} untouched (feature extraction)", f"{result['untouched'][metric]:.4f}"))
     rows += [

@@ -87,7 +87,7 @@ def training_arguments(
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": device.type == "cuda",
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": values.get("ddp_find_unused_parameters", False),
         "ddp_broadcast_buffers": False,
         "label_names": ["start_positions", "end_positions"] if kind == "span" else ["labels"],
     }
@@ -156,8 +156,8 @@ def build_trainer(
     arguments: TrainingArguments,
     optimizer: torch.optim.Optimizer,
     *,
-    train: Encoded,
-    held_out: Encoded | None,
+    train: Any,
+    held_out: Any,
     collator: Collator,
     spec: TaskSpec,
     reports: Path,
@@ -170,7 +170,7 @@ def build_trainer(
         phase: started.
         arguments: from `training_arguments`.
         optimizer: from `build_optimizer`.
-        train: the examples to train on.
+        train: the examples to train on: `Encoded`, or a dataset with an order of its own.
         held_out: the examples to watch, if any.
         collator: makes batches.
         spec: the task, for the metrics of what is watched.
@@ -186,7 +186,7 @@ def build_trainer(
         return compute_metrics(spec, given.predictions, given.label_ids, train.label_ids)
 
     data: Any = train
-    if arguments.train_sampling_strategy == "sequential":
+    if isinstance(train, Encoded) and arguments.train_sampling_strategy == "sequential":
         batch = arguments.per_device_train_batch_size * distributed.world_size()
         data = LengthGrouped(train, batch, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     try:
@@ -196,7 +196,7 @@ def build_trainer(
             data_collator=collator,
             train_dataset=data,
             eval_dataset=held_out,
-            compute_metrics=None if spec.kind == "span" else metrics,
+            compute_metrics=metrics if isinstance(train, Encoded) and spec.kind != "span" else None,
             optimizers=(optimizer, None),
             callbacks=callbacks,
         )
