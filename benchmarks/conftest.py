@@ -17,9 +17,7 @@ import json
 import os
 import platform
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,19 +26,11 @@ from typing import Any
 import pytest
 import torch
 
+from sparsebert.reports.timing import STOPWATCHES, Timing, interleave
+
 RESULTS = Path(__file__).resolve().parent / "results"
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS = ("cpu", "wall")
 SEED = 0
-SETTLE = 2e-3
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds one candidate took: median, fastest and slowest of the repeats."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass
@@ -52,31 +42,8 @@ class Bench:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def interleave(self, candidates: Mapping[str, Callable[[], Any]], repeats: int | None = None) -> dict[str, Timing]:
-        """Time every candidate `repeats` times in turns, each round beginning with another one.
-
-        Each is called twice before, so that allocations, lookups and compilations are behind it. Before each timed call
-        the candidate runs untimed for `SETTLE` seconds, once at least: libraries bring thread pools of their own, whose
-        threads go on spinning for a while after a call and would be timed with the candidate that comes next. So
-        caches are as warm as a candidate leaves them to itself.
-        """
-        read, names = CLOCKS[self.clock], list(candidates)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for name in names:
-            candidates[name]()
-            candidates[name]()
-        for turn in range(repeats or self.repeats):
-            for place in range(len(names)):
-                name = names[(turn + place) % len(names)]
-                settled = time.perf_counter() + SETTLE
-                candidates[name]()
-                while time.perf_counter() < settled:
-                    candidates[name]()
-                _synchronize()
-                start = read()
-                candidates[name]()
-                _synchronize()
-                times[name].append(read() - start)
-        return {name: Timing(statistics.median(took), min(took), max(took)) for name, took in times.items()}
+        """Seconds of every candidate, timed in turns; see `sparsebert.reports.timing.interleave`."""
+        return interleave(candidates, repeats or self.repeats, STOPWATCHES[self.clock])
 
     def row(self, table: str, case: Mapping[str, Any], timings: Mapping[str, Timing], subject: str) -> None:
         """Add a row: the case, milliseconds of every candidate, and how many times slower than `subject` each is."""
@@ -96,7 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="the whole grid instead of a few cells of it")
     group.addoption("--repeats", type=int, default=7, help="rounds of a row (default 7)")
     group.addoption("--threads", type=int, default=0, help="torch's threads (default: what torch takes)")
-    group.addoption("--clock", choices=sorted(CLOCKS), default="wall", help="what is timed (default wall)")
+    group.addoption("--clock", choices=CLOCKS, default="wall", help="what is timed (default wall)")
 
 
 @pytest.fixture(scope="session")
@@ -140,11 +107,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 _KEY = pytest.StashKey[Bench]()
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _conditions(bench: Bench) -> dict[str, Any]:

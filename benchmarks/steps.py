@@ -125,14 +125,14 @@ def _eager(model: TaskModel, dtype: torch.dtype) -> Parts:
 
 def main(kind: str, shape: str, batch: int, seq: int, dtype: str) -> None:
     """Prints how far the peak resident memory rises above that of the imports, in bytes."""
-    before = _peak()
+    before = peak_memory()
     step = make_step(kind, shape, batch, seq, getattr(torch, dtype))
     for _ in range(4):
         step()
-    print(_peak() - before)
+    print(peak_memory() - before)
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Peak resident memory in bytes. Not getrusage's: that of a child begins at its parent's."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]

@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it; resolved on first access (PEP 562).
 _PUBLIC: dict[str, str] = {
+    "AutoSparseModel": "sparsebert.models.sparse_load",
+    "MaskPack": "sparsebert.models.mask_pack",
     "MaskedEmbedding": "sparsebert.nn",
     "MaskedLinear": "sparsebert.nn",
     "Masks": "sparsebert.nn",
@@ -19,6 +21,8 @@ _PUBLIC: dict[str, str] = {
     "SparseLinear": "sparsebert.nn",
     "load_sparsified": "sparsebert.nn",
     "parse_pattern": "sparsebert.patterns",
+    "remove_structure": "sparsebert.models.per_layer",
+    "save_sparse": "sparsebert.models.sparse_folder",
     "sparsify": "sparsebert.nn",
 }
 

@@ -169,6 +169,18 @@ class Outcome:
             assert torch.equal(self.after[name].view(torch.int32)[mask], weight.view(torch.int32)[mask]), name
 
 
+def batch(phase: Phase, rows: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Random words in sequences of 6 as the phase takes them: labelled, or text with one place in three to predict."""
+    ids = torch.randint(5, len(WORDS), (rows, 6), generator=generator)
+    if phase.data == "task":
+        return {"input_ids": ids, "labels": ids[:, 0] % 2}
+    labels = torch.full_like(ids, -100)
+    if phase.masking:
+        labels[:, ::3] = ids[:, ::3]
+        ids = ids.masked_fill(labels != -100, WORDS.index("[MASK]"))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
 def by_hand(method: Method, steps: int, watch: Watch | None = None, rate: float = 1e-2) -> None:
     """Trains a method as a run does, without Trainer: `steps` optimiser steps of Adam in every phase.
 
@@ -188,8 +200,7 @@ def by_hand(method: Method, steps: int, watch: Watch | None = None, rate: float 
         for step in range(steps + 1):
             if step:
                 optimizer.zero_grad()
-                ids = torch.randint(5, len(WORDS), (8, 6), generator=generator)
-                method.module(ids, labels=ids[:, 0] % 2)["loss"].backward()
+                method.module(**batch(phase, 8, generator))["loss"].backward()
                 phase.before_step(step, steps)
                 optimizer.step()
             stop = step > 0 and phase.after_step(step, steps)
@@ -223,10 +234,11 @@ def build(
     given = method.Settings(**settings)
     small = base(kind)
     method.shape(small, given)
-    model = TaskModel(small, "classification", 2, head_width=8, seed=seed, head=method.defaults.get("head", "mlp"))
+    head = method.defaults.get("head", "mlp")
+    model = TaskModel(small, "classification", 2, head_width=8, seed=seed, head=head)
     teacher = None
     if method.wants_teacher(given):
-        teacher = TaskModel(base(kind, seed=1), "classification", 2, head_width=8, seed=seed + 1).eval()
+        teacher = TaskModel(base(kind, seed=1), "classification", 2, head_width=8, seed=seed + 1, head=head).eval()
     context = Context(
         model=model,
         matrices=prunable_matrices(model.base, masked),
@@ -237,5 +249,6 @@ def build(
         seed=seed,
         untouched=untouched,
         teacher=teacher,
+        sparsity_asked=sparsity is not None,
     )
     return method(context, given)

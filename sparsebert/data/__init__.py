@@ -13,7 +13,7 @@ from sparsebert.data.labels import label_ids
 from sparsebert.data.load import TaskData, load_task
 from sparsebert.data.metrics import compute_metrics
 from sparsebert.data.span_metrics import span_metrics, span_predictions
-from sparsebert.data.split import hold_out
+from sparsebert.data.split import hold_out, sample
 from sparsebert.data.tasks import TASKS, TaskSpec
 from sparsebert.data.text import MaskedText, PackedText, TextData, load_text, pack_text
 from sparsebert.data.variants import Variant
@@ -36,6 +36,7 @@ __all__ = [
     "load_task",
     "load_text",
     "pack_text",
+    "sample",
     "span_metrics",
     "span_predictions",
 ]

@@ -116,11 +116,9 @@ def pack_text(text: TextData, tokenizer: PreTrainedTokenizerBase, block_length: 
             one block to train on and one to hold out.
     """
     if block_length < _SHORTEST_BLOCK:
-        raise UserError(f"block_length: expected at least {_SHORTEST_BLOCK} tokens, got {block_length}")
+        raise UserError(f"text_length: expected blocks of at least {_SHORTEST_BLOCK} tokens, got {block_length}")
     if block_length > tokenizer.model_max_length:
-        raise UserError(
-            f"block_length: the model takes at most {tokenizer.model_max_length} tokens, got {block_length}"
-        )
+        raise UserError(f"text_length: the model takes at most {tokenizer.model_max_length} tokens, got {block_length}")
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise UserError("tokenizer: it has no CLS or no SEP token, which every block of text begins and ends with")
     fingerprint = {**text.fingerprint, "block_length": block_length}

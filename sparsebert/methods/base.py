@@ -46,6 +46,8 @@ class Context:
     source: str = ""
     """The folder or hub id that the base was loaded from."""
     tokenizer: PreTrainedTokenizerBase | None = None
+    sparsity_asked: bool = True
+    """Whether the sparsity was asked for; else it is the pattern's default, and a method may know better."""
 
 
 class TrainingModule(nn.Module):
@@ -102,10 +104,12 @@ class Phase:
     name: str = "train"
     report: str | None = None
     """If set, the model is scored on the validation set after this phase, under this name."""
-    data: ClassVar[str] = "task"
+    data: str = "task"
     """What is trained on: the `task`'s examples, or `text` (`--text`, packed to blocks)."""
     masking: float = 0.0
     """Share of the tokens that are to be predicted, for a phase on text."""
+    note: str | None = None
+    """If set, printed when the phase begins: what a user should know of it."""
 
     def __init__(self, method: Method) -> None:
         self.method = method

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -73,6 +73,10 @@ class Term(ABC):
     def needs(self) -> tuple[Needs, Needs]:
         """The states of student and teacher that it compares."""
         return Needs(), Needs()
+
+    def trained(self) -> nn.Module | None:
+        """What is trained beside the student, if anything."""
+        return None
 
     @abstractmethod
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
@@ -146,10 +150,13 @@ class Hidden(Term):
         student, teacher = zip(*self.pairs, strict=True)
         return Needs(hidden=frozenset(student)), Needs(hidden=frozenset(teacher))
 
+    def trained(self) -> nn.Module | None:
+        return self.project
+
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         mine = [student.states.hidden[layer] for layer, _ in self.pairs]
         if self.project is not None:
-            mine = [self.project(state) for state in mine]
+            mine = [self.project(state.float()) for state in mine]
         theirs = [teacher.states.hidden[layer] for _, layer in self.pairs]
         return self.measure(mine, theirs, None if self.padding else student.token_mask)
 
@@ -286,7 +293,7 @@ class Distillation:
         teacher.requires_grad_(False)
         teacher.eval()
         self.parts: dict[str, Tensor] = {}
-        """Each term's newest value, before its weight; for the log."""
+        """Each term's newest value, weighted; for the log."""
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`loss` (scalar fp32) and, where the heads ran, the student's logits."""
@@ -295,9 +302,9 @@ class Distillation:
         return {**student.logits, "loss": self.total(student, teacher)}
 
     @torch.no_grad()
-    def teach(self, batch: Mapping[str, Tensor]) -> Outputs:
-        """The teacher's outputs for a batch."""
-        return self.run(self.teacher, batch, self.teacher_needs)
+    def teach(self, batch: Mapping[str, Tensor], around: AbstractContextManager[Any] | None = None) -> Outputs:
+        """The teacher's outputs for a batch; `around` as for `run`."""
+        return self.run(self.teacher, batch, self.teacher_needs, around)
 
     def run(
         self,
@@ -306,10 +313,10 @@ class Distillation:
         needs: Needs,
         around: AbstractContextManager[Any] | None = None,
     ) -> Outputs:
-        """One forward pass of a model, its states taken."""
+        """One forward pass of a model, its states taken, under `around` (an intervention by hooks, say)."""
         mask = batch.get("attention_mask")
         token_mask = None if mask is None else mask.bool()
-        with Capture(model.base, needs) as capture:
+        with around or nullcontext(), Capture(model.base, needs) as capture:
             if self.wants_logits:
                 logits = model(**batch)
             else:

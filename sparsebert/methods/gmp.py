@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsebert.methods import one_shot
-from sparsebert.methods.base import Phase, check_setting
+from sparsebert.methods.base import Method, Phase, check_setting
 from sparsebert.methods.one_shot import ResetPhase, Resettable
 from sparsebert.methods.phases import WeightsPhase
+from sparsebert.methods.teachable import TaughtPhase
 
-__all__ = ["GradualMagnitude", "cubic_sparsity"]
+__all__ = ["CubicSettings", "GradualMagnitude", "check_cubic", "check_span", "cubic_sparsity", "prune_gradually"]
 
 
 def cubic_sparsity(progress: float, final: float, initial: float = 0.0) -> float:
@@ -18,8 +19,8 @@ def cubic_sparsity(progress: float, final: float, initial: float = 0.0) -> float
 
 
 @dataclass(frozen=True)
-class Settings(one_shot.Settings):
-    """Settings of gradual pruning."""
+class CubicSettings:
+    """Settings of pruning on the cubic schedule."""
 
     initial_sparsity: float = 0.0
     """Sparsity at the first pruning."""
@@ -31,25 +32,50 @@ class Settings(one_shot.Settings):
     """How many times the mask is chosen anew after the first pruning, evenly spread."""
 
 
-class _Gradual(WeightsPhase):
+@dataclass(frozen=True)
+class Settings(CubicSettings, one_shot.Settings):
+    """Settings of gradual pruning."""
+
+
+def prune_gradually(method: Method, step: int, total: int) -> None:
+    """Prunes the smallest weights after step `step` of `total`, if that is due by the method's `CubicSettings`."""
+    settings, context, masks = method.settings, method.context, method.masks
+    first = max(1, int(settings.prune_from * total))
+    last = max(first + 1, int(settings.prune_until * total))
+    done, span = step - first, last - first
+    # Whole prunings that are due: evenly spread, at most one a step, the last one at `last`.
+    due = done * settings.prunings // span > (done - 1) * settings.prunings // span
+    if first <= step <= last and (due or step == first):
+        sparsity = cubic_sparsity(done / span, context.sparsity, settings.initial_sparsity)
+        masks.select(masks.magnitude(), sparsity, context.allocation)
+
+
+def check_span(start: float, end: float) -> None:
+    """Raises a UserError for shares that cannot be the settings `prune_from` and `prune_until`."""
+    check_setting("prune_from", start, 0.0 <= start < 1.0, "a share of the steps, at least 0 and below 1")
+    check_setting("prune_until", end, start < end <= 1.0, f"a share of the steps above prune_from {start:g}, at most 1")
+
+
+def check_cubic(settings: CubicSettings, target: float) -> None:
+    """Raises a UserError for a schedule that cannot lead to the sparsity `target`."""
+    check_span(settings.prune_from, settings.prune_until)
+    initial = settings.initial_sparsity
+    check_setting("initial_sparsity", initial, 0.0 <= initial <= target, f"0 to the target sparsity {target:g}")
+    check_setting("prunings", settings.prunings, settings.prunings >= 1, "at least 1")
+
+
+class _Gradual(TaughtPhase, WeightsPhase):
     """Trains all weights while the smallest go, a few at a time."""
 
     def after_step(self, step: int, total: int) -> bool:
-        settings, context, masks = self.method.settings, self.method.context, self.method.masks
-        first = max(1, int(settings.prune_from * total))
-        last = max(first + 1, int(settings.prune_until * total))
-        done, span = step - first, last - first
-        # Whole prunings that are due: evenly spread, at most one a step, the last one at `last`.
-        due = done * settings.prunings // span > (done - 1) * settings.prunings // span
-        if first <= step <= last and (due or step == first):
-            sparsity = cubic_sparsity(done / span, context.sparsity, settings.initial_sparsity)
-            masks.select(masks.magnitude(), sparsity, context.allocation)
+        prune_gradually(self.method, step, total)
         return super().after_step(step, total)
 
     def logs(self) -> dict[str, float]:
-        return {"sparsity": self.method.masks.sparsity()}
+        return {**super().logs(), "sparsity": self.method.masks.sparsity()}
 
     def finish(self) -> None:
+        super().finish()
         # A phase cut short, by --max-steps 1 say, still ends at the target.
         masks, context = self.method.masks, self.method.context
         masks.select(masks.magnitude(), context.sparsity, context.allocation)
@@ -65,15 +91,7 @@ class GradualMagnitude(Resettable):
 
     def check(self) -> None:
         super().check()
-        settings = self.settings
-        start, end = settings.prune_from, settings.prune_until
-        check_setting("prune_from", start, 0.0 <= start < 1.0, "a share of the steps, at least 0 and below 1")
-        check_setting(
-            "prune_until", end, start < end <= 1.0, f"a share of the steps above prune_from {start:g}, at most 1"
-        )
-        initial, target = settings.initial_sparsity, self.context.sparsity
-        check_setting("initial_sparsity", initial, 0.0 <= initial <= target, f"0 to the target sparsity {target:g}")
-        check_setting("prunings", settings.prunings, settings.prunings >= 1, "at least 1")
+        check_cubic(self.settings, self.context.sparsity)
 
     def phases(self) -> list[Phase]:
         phases = [*self.untouched_phases(), _Gradual(self, "prune")]

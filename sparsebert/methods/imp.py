@@ -9,6 +9,7 @@ from sparsebert.methods import one_shot
 from sparsebert.methods.base import Phase, check_setting
 from sparsebert.methods.one_shot import ResetPhase, Resettable
 from sparsebert.methods.phases import WeightsPhase
+from sparsebert.methods.teachable import TaughtPhase
 
 __all__ = ["IterativeMagnitude", "rounds_to"]
 
@@ -34,7 +35,7 @@ def rounds_to(sparsity: float, rate: float) -> list[float]:
     return [*levels, sparsity] if sparsity > 0.0 else []
 
 
-class _Round(WeightsPhase):
+class _Round(TaughtPhase, WeightsPhase):
     """Trains from the pre-trained weights under the mask at hand, then prunes the smallest of the trained weights."""
 
     def __init__(self, method: Resettable, name: str, sparsity: float | None) -> None:
@@ -50,9 +51,10 @@ class _Round(WeightsPhase):
         return {"max_steps": steps} if steps and self.sparsity is not None else {}
 
     def logs(self) -> dict[str, float]:
-        return {"sparsity": self.method.masks.sparsity()}
+        return {**super().logs(), "sparsity": self.method.masks.sparsity()}
 
     def finish(self) -> None:
+        super().finish()
         if self.sparsity is not None:
             masks = self.method.masks
             masks.select(masks.magnitude(), self.sparsity, self.method.context.allocation)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sparsebert.errors import unknown
-from sparsebert.methods.base import Context, Method, Phase
+from sparsebert.methods.base import Context, Phase
 from sparsebert.methods.phases import WEIGHTS_DEFAULTS, HeadPhase, WeightsPhase, check_head_rate
+from sparsebert.methods.teachable import TaughtPhase, Teachable, TeachableSettings
 
 __all__ = ["WEIGHTS", "OneShot", "ResetPhase", "Resettable", "Settings"]
 
@@ -19,7 +20,7 @@ WEIGHTS = ("trained", "pretrained")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TeachableSettings):
     """Settings of pruning by weights."""
 
     weights: Literal["trained", "pretrained"] = "trained"
@@ -29,7 +30,7 @@ class Settings:
     """Learning rate of the new head; 0 takes --learning-rate for it too."""
 
 
-class Resettable(Method):
+class Resettable(Teachable):
     """A method that can put weights back to their pre-trained values."""
 
     defaults = WEIGHTS_DEFAULTS
@@ -61,7 +62,7 @@ class Resettable(Method):
         return phases
 
 
-class ResetPhase(HeadPhase):
+class ResetPhase(TaughtPhase, HeadPhase):
     """Puts the kept weights back to their pre-trained values and trains a new head on the subnetwork."""
 
     def __init__(self, method: Resettable) -> None:
@@ -72,7 +73,7 @@ class ResetPhase(HeadPhase):
         self.method.reset_weights()  # type: ignore[attr-defined]
 
 
-class _Prune(WeightsPhase):
+class _Prune(TaughtPhase, WeightsPhase):
     """Chooses the mask, then trains what is left."""
 
     def start(self) -> None:
@@ -80,7 +81,7 @@ class _Prune(WeightsPhase):
         self.method.prune()  # type: ignore[attr-defined]
 
 
-class _PruneHead(HeadPhase):
+class _PruneHead(TaughtPhase, HeadPhase):
     """Chooses the mask, then trains a head on what is left."""
 
     def start(self) -> None:

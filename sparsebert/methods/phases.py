@@ -97,7 +97,8 @@ def check_head_rate(rate: float) -> None:
 
 
 def freeze(module: Any) -> None:
-    """No parameter of the training module takes a gradient, and masks stay as they are."""
+    """No parameter of the training module takes a gradient, masks stay as they are, the loss is the task's own."""
+    module.objective = None
     module.requires_grad_(False)
     if module.masks is not None:
         module.masks.freeze()

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsebert.errors import UserError
 from sparsebert.methods.base import Method, Phase, check_setting
 from sparsebert.methods.distilling import Distillation, Term
 from sparsebert.methods.phases import WEIGHTS_DEFAULTS, WeightsPhase, check_head_rate
-from sparsebert.models.capture import layers_of
+from sparsebert.models.capture import Needs, layers_of
 from sparsebert.models.cut import keep_first_layers
+from sparsebert.models.prunable import layout_of
 from sparsebert.models.task_model import TaskModel
 
 if TYPE_CHECKING:
@@ -62,7 +64,10 @@ class DistillPhase(WeightsPhase):
             pooler = getattr(self.module.model.base, "pooler", None)
             if pooler is not None:
                 pooler.requires_grad_(False)
-        self.module.extra.requires_grad_(True)
+            freeze_unreached(self.module.model.base, self.objective.student_needs)
+        for term in self.objective.terms:
+            if (beside := term.trained()) is not None:
+                beside.requires_grad_(True)
 
     def make(self, terms: Sequence[Term]) -> Distillation:
         """The objective over `terms`."""
@@ -83,6 +88,18 @@ class DistillPhase(WeightsPhase):
     def finish(self) -> None:
         super().finish()
         self.module.objective = None
+
+
+def freeze_unreached(base: PreTrainedModel, needs: Needs) -> None:
+    """Takes what lies above the states in `needs` out of training: a loss on them has no gradient for it."""
+    names = dict(layout_of(base).linears)
+    for number, layer in enumerate(layers_of(base), 1):
+        if any(at >= number for at in needs.hidden) or any(at > number for at in needs.attention | needs.values):
+            continue
+        layer.requires_grad_(False)
+        for name, layers in (("query", needs.attention), ("key", needs.attention), ("value", needs.values)):
+            if number in layers:
+                layer.get_submodule(names[name]).requires_grad_(True)
 
 
 class StudentMethod(Method):
@@ -115,6 +132,32 @@ class StudentMethod(Method):
     def layers(self) -> tuple[int, int]:
         """How many layers student and teacher have."""
         return len(layers_of(self.context.model.base)), len(layers_of(self.teacher.base))
+
+    def check_heads(self, instead: str) -> None:
+        """Raises a UserError unless student and teacher have as many attention heads, which attention maps need.
+
+        Args:
+            instead: what to ask for where they have not.
+        """
+        mine, theirs = (int(b.config.num_attention_heads) for b in (self.context.model.base, self.teacher.base))
+        if mine != theirs:
+            raise UserError(
+                f"method {self.name}: attention maps of {mine} heads (student) and {theirs} (teacher) cannot be "
+                f"compared; {instead}"
+            )
+
+    def check_width(self) -> None:
+        """Raises a UserError where the student's states are wider than the teacher's."""
+        mine, theirs = self.widths()
+        if mine > theirs:
+            raise UserError(
+                f"method {self.name}: the student is {mine} wide and its teacher {theirs}; expected a teacher at least "
+                "as wide (--teacher-model)"
+            )
+
+    def widths(self) -> tuple[int, int]:
+        """Widths of the states of student and teacher."""
+        return int(self.context.model.base.config.hidden_size), int(self.teacher.base.config.hidden_size)
 
     def phases(self) -> list[Phase]:
         raise NotImplementedError

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from sparsebert.errors import UserError
 from sparsebert.models.folder import first_line
-from sparsebert.models.prunable import check_mask
 from sparsebert.ops.bits import pack_bits, unpack_bits
 from sparsebert.patterns.matrix import Matrix
 
-__all__ = ["MASKS_VERSION", "pack_masks", "read_masks"]
+__all__ = ["MASKS_VERSION", "pack_masks", "read_bits", "read_masks"]
 
 MASKS_VERSION = 1
 
@@ -47,6 +46,12 @@ def pack_masks(masks: Mapping[str, Tensor], pattern: str, fingerprint: str) -> b
 
 
 def read_masks(path: Path, known: Mapping[str, Matrix]) -> tuple[dict[str, Tensor], str, str]:
+    """As `read_bits`, but with bool masks of the weights' shapes."""
+    bits, pattern, fingerprint = read_bits(path, known)
+    return {name: unpack_bits(packed, known[name].shape) for name, packed in bits.items()}, pattern, fingerprint
+
+
+def read_bits(path: Path, known: Mapping[str, Matrix]) -> tuple[dict[str, Tensor], str, str]:
     """The masks of a file, their pattern, and the fingerprint of the base they belong to.
 
     Args:
@@ -54,7 +59,7 @@ def read_masks(path: Path, known: Mapping[str, Matrix]) -> tuple[dict[str, Tenso
         known: the base's prunable matrices by name.
 
     Returns:
-        Module name to bool mask, in the order of `known`; pattern; fingerprint.
+        Module name to the mask's bits (`sparsebert.ops.bits`), in the order of `known`; pattern; fingerprint.
 
     Raises:
         UserError: a damaged file, another version, or a mask whose name, dtype, length, padding bits or shape do not
@@ -76,8 +81,8 @@ def read_masks(path: Path, known: Mapping[str, Matrix]) -> tuple[dict[str, Tenso
     for name in sorted(bits):
         if name not in known:
             raise UserError(f"{path}: {name!r} is no prunable matrix of the base")
-    masks = {name: _unpack(path, matrix, bits[name], shapes[name]) for name, matrix in known.items() if name in bits}
-    return masks, about["pattern"], about["fingerprint"]
+        _check_bits(path, known[name], bits[name], shapes[name])
+    return {name: bits[name] for name in known if name in bits}, about["pattern"], about["fingerprint"]
 
 
 def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return dict(about)
 
 
-def _unpack(path: Path, matrix: Matrix, bits: Tensor, shape: Any) -> Tensor:
+def _check_bits(path: Path, matrix: Matrix, bits: Tensor, shape: Any) -> None:
     if shape != list(matrix.shape):
         raise UserError(f"{path}: {matrix.name}: mask of shape {shape}, but the weight is {list(matrix.shape)}")
     entries = matrix.shape[0] * matrix.shape[1]
@@ -107,6 +112,3 @@ def _unpack(path: Path, matrix: Matrix, bits: Tensor, shape: Any) -> Tensor:
         )
     if entries % 8 and int(bits[-1]) >> (entries % 8):
         raise UserError(f"{path}: {matrix.name}: the bits past the last weight are not 0")
-    mask = unpack_bits(bits, matrix.shape)
-    check_mask({matrix.name: matrix}, matrix.name, mask)
-    return mask

@@ -21,15 +21,16 @@ from sparsebert.models.replace import out_of_space, previous_of, replace_folder
 from sparsebert.models.task_model import TaskModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["HEAD_FILES", "head_files", "load_head", "load_model", "save_model"]
 
 HEAD_VERSION = 1
 
 _HEAD = "head.safetensors"
 _ABOUT = "head.json"
 _MASKS = "masks.safetensors"
+HEAD_FILES = (_HEAD, _ABOUT)
 _REPLACED = frozenset(
     {
         "added_tokens.json",
@@ -132,7 +133,7 @@ def load_model(directory: Path) -> tuple[TaskModel, PreTrainedTokenizerBase, dic
     for name in (_ABOUT, _HEAD, _MASKS):
         if not (directory / name).is_file():
             raise UserError(f"{directory / name}: missing; expected a folder that sparsebert saved a model in")
-    about = _read_about(directory / _ABOUT)
+    about = _read_about(directory / _ABOUT)  # a wrong one is refused before anything large is read
     base, tokenizer = load_base(str(directory))
     known = {matrix.name: matrix for matrix in all_matrices(base)}
     masks, pattern, fingerprint = read_masks(directory / _MASKS, known)
@@ -147,11 +148,39 @@ def load_model(directory: Path) -> tuple[TaskModel, PreTrainedTokenizerBase, dic
     return model.eval(), tokenizer, masks, {**about["info"], "pattern": pattern}
 
 
+def load_head(directory: Path, base: PreTrainedModel) -> tuple[TaskModel, dict[str, Any]]:
+    """A task model of `base` and the head that `head_files` describes, and the `info` saved with it.
+
+    Raises:
+        UserError: a missing, damaged or altered file, or a head that does not fit the base.
+    """
+    for name in HEAD_FILES:
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name}: missing; expected a folder with a task head that sparsebert saved")
+    about = _read_about(directory / _ABOUT)
+    return _build(directory, base, about).eval(), dict(about["info"])
+
+
 def _files(model: TaskModel, masks: Mapping[str, Tensor], pattern: str, info: dict[str, Any]) -> dict[str, bytes]:
     """Name and content of every file but the configuration's and the tokenizer's."""
     from safetensors.torch import save
 
     state = _pruned_state(model, masks)
+    return {
+        WEIGHTS: save(state, metadata={"format": "pt"}),
+        **head_files(model, info),
+        _MASKS: pack_masks(masks, pattern, state_fingerprint(state)),
+    }
+
+
+def head_files(model: TaskModel, info: dict[str, Any]) -> dict[str, bytes]:
+    """Name and content of the two files that hold a task head: its tensors, and how it is built with `info`.
+
+    Raises:
+        ValueError: `info` is not JSON.
+    """
+    from safetensors.torch import save
+
     about = {
         "version": HEAD_VERSION,
         "kind": model.kind,
@@ -169,12 +198,7 @@ def _files(model: TaskModel, masks: Mapping[str, Tensor], pattern: str, info: di
         raise ValueError(f"info: expected what JSON can hold ({error})") from error
     head = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(model.head.state_dict().items())}
     # Whole files in memory, written by Python: then a full disk is an OSError like any other.
-    return {
-        WEIGHTS: save(state, metadata={"format": "pt"}),
-        _HEAD: save(head, metadata={"format": "pt"}),
-        _ABOUT: (text + "\n").encode(),
-        _MASKS: pack_masks(masks, pattern, state_fingerprint(state)),
-    }
+    return {_HEAD: save(head, metadata={"format": "pt"}), _ABOUT: (text + "\n").encode()}
 
 
 def _pruned_state(model: TaskModel, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

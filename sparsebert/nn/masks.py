@@ -13,7 +13,7 @@ from sparsebert.ops.bits import expand_grid, pack_bits, unpack_bits
 from sparsebert.ops.masked_weight import masked_weight
 from sparsebert.ops.select_mask import select_mask, threshold_mask
 from sparsebert.patterns import Allocation, Matrix, Pattern
-from sparsebert.patterns.base import GridPattern, units_to_prune
+from sparsebert.patterns.base import ALLOCATIONS, GridPattern, units_to_prune
 
 __all__ = ["Masks"]
 
@@ -100,11 +100,16 @@ class Masks(nn.Module):
         Raises:
             UserError: a sparsity that the pattern cannot have, or an unknown allocation.
         """
-        if isinstance(self.pattern, GridPattern) and self._one_to_one and allocation == "global":
+        if isinstance(self.pattern, GridPattern) and self._one_to_one and allocation in ALLOCATIONS:
             self.pattern.check_sparsity(sparsity)
-            total = sum(score.numel() for score in scores)
             weights, out = self._weights_and_products()
-            self.set_bits(select_mask(scores, units_to_prune(sparsity, total), weights, out), refresh=False)
+            # One tensor after the other, or all at once.
+            parts = [slice(None)] if allocation == "global" else [slice(i, i + 1) for i in range(len(scores))]
+            bits: list[Tensor] = []
+            for part in parts:
+                pruned = units_to_prune(sparsity, sum(score.numel() for score in scores[part]))
+                bits += select_mask(scores[part], pruned, weights[part], out[part])
+            self.set_bits(bits, refresh=False)
         else:
             self.set_bits(self.pattern.select(self.groups, scores, sparsity, allocation))
 

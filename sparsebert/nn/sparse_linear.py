@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sparsebert.errors import UserError, unknown
 from sparsebert.formats import Dense, Format, parse_format
+from sparsebert.formats.base import check_tensor
 from sparsebert.nn.choose import ROWS, Choice, Timer, choose
 from sparsebert.nn.layout import Layout
 from sparsebert.nn.masked import MaskedLinear
@@ -182,6 +183,30 @@ class SparseLinear(StoredWeight):
         layer._fill(stored, bias, activation, grads)
         layer.choice = choice
         layer.train(linear.training)
+        return layer
+
+    @classmethod
+    def from_stored(
+        cls, stored: Format, bias: Tensor | None = None, *, activation: str = "none", trainable: bool = False
+    ) -> SparseLinear:
+        """A sparse layer over a weight that is in its format already; nothing is copied, and no dense weight is made.
+
+        Args:
+            stored: the weight, as `Format.from_tensors` or `from_dense` made it, which have checked it.
+            bias: `[N]` in the weight's dtype, on its device; None: there is none.
+            activation: applied after the bias.
+            trainable: whether the parameters require gradients; a weight that stores pruned ones too never does.
+
+        Raises:
+            ValueError: a bias of another shape, dtype or device.
+        """
+        if activation not in ACTIVATIONS:
+            raise unknown("activation", activation, ACTIVATIONS)
+        if bias is not None:
+            check_tensor("bias", bias, stored.dtype, [stored.shape[0]], stored.device)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._fill(stored, bias, activation, (trainable and stored.exact, trainable))
         return layer
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import inspect
 import re
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,8 @@ def sparsify(
     may be in use elsewhere (tied weights, hooks, parametrizations), is left as it is. With `format="auto"` a layer is
     replaced only where a sparse format was measured to be faster on this machine, see `choose`; layers of equal shape
     and structure share one measurement. `model.sparsification` then says what was done, and why.
-    Its state_dict loads into a model sparsified in any way, or by `load_sparsified` into an ordinary one, while the
+    Its state_dict loads into a model sparsified in any way, or by `load_sparsified` into an ordinary one. The
+    `save_pretrained` of a transformers model then writes a folder for `sparsebert.AutoSparseModel` to load; the
     `from_pretrained` of transformers does not know sparse layers.
 
     Args:
@@ -97,7 +100,20 @@ def sparsify(
     if include is None:
         records += _others(model, min_sparsity)
     model.sparsification = Sparsification(records)  # type: ignore[assignment]
+    if hasattr(type(model), "save_pretrained") and any(isinstance(held, SparseLinear) for held in model.modules()):
+        model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[assignment]
     return model
+
+
+def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """As `sparsebert.models.sparse_folder.save_pretrained`, which a sparsified transformers model has in place of its
+    own: a folder that `AutoSparseModel.from_pretrained` loads."""
+    # By name and late: the room of models stands above this one, and needs transformers.
+    importlib.import_module("sparsebert.models.sparse_folder").save_pretrained(self, *args, **kwargs)
+
+
+# What pickle looks a bound method up by.
+_save_pretrained.__name__ = "save_pretrained"
 
 
 def _check(model: object, min_sparsity: float, format: str, dtype: torch.dtype | None) -> None:

@@ -23,10 +23,11 @@ __all__ = ["Cell", "Entry", "Table", "cells_of", "configs_folder", "load_table",
 
 _SECTIONS = ("run", "settings", "trainer")
 _KEYS = {"title", "source", "seeds", "tasks", "sparsities", "variants", "entries", "quick", "published", "note"}
+_QUICK = {"set": {"run": {"max_eval_samples": 200, "teacher_max_steps": 10}, "trainer": {"max_steps": 10}}}
 _ENTRY_KEYS = {"label", "config", "after", "tasks", "sparsities", "variants", "set", "hidden"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """A row of the table: a method in one configuration."""
 
@@ -138,7 +139,7 @@ def load_table(name: str) -> Table:
         tasks={key: value or {} for key, value in tasks.items()},
         variants={key: value or {} for key, value in variants.items()},
         entries=entries,
-        quick=about.get("quick") or {},
+        quick=about.get("quick") or _QUICK,
         published=about.get("published") or (),
     )
 

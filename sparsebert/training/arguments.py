@@ -220,6 +220,8 @@ def _resolve(method: type[Method], stored: dict[str, dict[str, Any]], flags: dic
         if value and not (key.endswith("model") and value == RunSettings.model):
             values["run"][key] = _whole_path(value)
     values["run"]["text"] = [_whole_path(path) for path in values["run"].get("text", [])]
+    if values["settings"].get("mask"):
+        values["settings"]["mask"] = _whole_path(values["settings"]["mask"])
     return Config(RunSettings(**values["run"]), method.Settings(**values["settings"]), values["trainer"])
 
 

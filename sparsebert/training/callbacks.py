@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsebert.methods.base import Phase
 from sparsebert.training import distributed
 from sparsebert.training.folder import Checkpoint, RunFolder
 from sparsebert.training.loss import LossCallback, check_weights
 
-__all__ = ["CheckpointCallback", "LogCallback", "PhaseCallback"]
+__all__ = ["CheckpointCallback", "LogCallback", "PhaseCallback", "TrainSliceCallback"]
 
 
 class PhaseCallback(TrainerCallback):
@@ -65,6 +65,29 @@ class LogCallback(TrainerCallback):
             logs.update(self.phase.logs())
         if "train_runtime" not in logs:
             self.folder.append_metrics({"phase": self.phase.name, "step": state.global_step, **logs})
+
+
+class TrainSliceCallback(TrainerCallback):
+    """After each evaluation of what is held out, evaluates rows that are trained on too, logged as `eval_train_...`.
+
+    Args:
+        trainer: evaluates.
+        rows: an encoded slice of train.
+    """
+
+    def __init__(self, trainer: Trainer, rows: Any) -> None:
+        self.trainer = trainer
+        self.rows = rows
+        self._inside = False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._inside:
+            return
+        self._inside = True
+        try:
+            self.trainer.evaluate(self.rows, metric_key_prefix="eval_train")
+        finally:
+            self._inside = False
 
 
 class CheckpointCallback(TrainerCallback):

@@ -46,6 +46,8 @@ class Config:
         if self.run.max_length is not None and self.run.max_length < 1:
             raise UserError(f"max_length: expected at least 1 token, got {self.run.max_length}")
         check_trainer(self.trainer)
+        if self.run.watch_train and self.trainer.get("eval_strategy", "no") == "no":
+            raise UserError("watch_train: nothing is watched; add --eval-strategy steps or epoch")
 
 
 def max_length(run: RunSettings) -> int:

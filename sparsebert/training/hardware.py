@@ -35,10 +35,11 @@ def _cpu_info() -> dict[str, str]:
     return info
 
 
-def has_native_bf16() -> bool:
-    """Whether the device multiplies bf16 in hardware; without, bf16 is slower than fp32."""
-    if device().type == "cuda":
-        return torch.cuda.get_device_capability(device()) >= (8, 0)
+def has_native_bf16(where: torch.device | None = None) -> bool:
+    """Whether the device (None: where training runs) multiplies bf16 in hardware; without, bf16 is slower than fp32."""
+    where = device() if where is None else where
+    if where.type == "cuda":
+        return torch.cuda.get_device_capability(where) >= (8, 0)
     return bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info().get("flags", "").split()))
 
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 __all__ = ["Bar", "ProgressCallback"]
 
-_NOT_SHOWN = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+_NOT_SHOWN = ("_runtime", "_per_second")
 
 
 class Bar:
@@ -105,4 +105,4 @@ def _shown(logs: dict[str, float]) -> dict[str, float]:
     """What of a log line is worth a place on the screen: the loss and the method's numbers, or an evaluation."""
     if "loss" in logs:
         return {key: logs[key] for key in ("loss", "sparsity", "kept_loss") if key in logs}
-    return {key: value for key, value in logs.items() if key.startswith("eval_") and key not in _NOT_SHOWN}
+    return {key: value for key, value in logs.items() if key.startswith("eval_") and not key.endswith(_NOT_SHOWN)}

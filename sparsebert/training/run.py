@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import time
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from sparsebert.data import Collator, Encoded, TaskData, demo_model_path, encode, hold_out, label_ids
+from sparsebert.data import Collator, Encoded, TaskData, demo_model_path, encode, hold_out, label_ids, sample
 from sparsebert.data.text import MaskedText, PackedText, load_text, pack_text
 from sparsebert.errors import UserError, unknown
 from sparsebert.methods import METHODS
@@ -22,7 +23,7 @@ from sparsebert.models.storage import save_model
 from sparsebert.models.task_model import TaskModel
 from sparsebert.patterns import parse_pattern
 from sparsebert.training import distributed
-from sparsebert.training.callbacks import CheckpointCallback, LogCallback, PhaseCallback
+from sparsebert.training.callbacks import CheckpointCallback, LogCallback, PhaseCallback, TrainSliceCallback
 from sparsebert.training.config import Config, load_run_task, max_length
 from sparsebert.training.disk import guard_disk
 from sparsebert.training.folder import Checkpoint, RunFolder, last_checkpoint, put_in_place, write_text
@@ -70,7 +71,9 @@ class Run:
         self._encode()
         self.teacher: Teacher | None = None
         if METHODS[run.method].wants_teacher(config.method):
-            self.teacher = Teacher(config, self.data, self.precision, self.model, self.tokenizer)
+            # With the length as it was decided: a resumed run, which has it so, must find the same teacher.
+            same = Config(dataclasses.replace(run, max_length=self.length), config.method, config.trainer)
+            self.teacher = Teacher(same, self.data, self.precision, self.model, self.tokenizer)
         self.method = self._build_method()
         self.phases = self.method.phases()
         self._pack_text()
@@ -93,6 +96,8 @@ class Run:
         run, spec = self.config.run, self.data.spec
         self.model_source = str(demo_model_path()) if run.model == "demo" else run.model
         base, self.tokenizer = load_base(self.model_source)
+        # Calls leave their truncation in a fast tokenizer; what is saved must not depend on which call was the last.
+        self._first_tokenizer = copy.deepcopy(self.tokenizer)
         choose_attention(base, compute_dtype(self.precision))
         self.fingerprint = model_fingerprint(base)
         METHODS[run.method].shape(base, self.config.method)
@@ -110,6 +115,8 @@ class Run:
     def _encode(self) -> None:
         spec, train = self.data.spec, self.data.train
         self.held_out: Encoded | None = None
+        self.watched: dict[str, Any] = {}
+        """What is watched while training, before it is encoded."""
         best = self.config.trainer.get("metric_for_best_model")
         watched = ["loss", *(() if spec.kind == "span" else spec.metrics)]
         if best is not None and best.removeprefix("eval_") not in watched:
@@ -118,6 +125,9 @@ class Run:
             # What is watched while training is a slice of train: validation is only for the score at the end.
             train, held_out = hold_out(train, spec)
             self.held_out = self._encoded(held_out, training=spec.kind == "span")
+            self.watched["held_out"] = held_out
+            if self.config.run.watch_train:
+                self.watched["train"] = sample(train, len(held_out), 0, "watch_train")
         self.train_set = self._encoded(train, training=True)
         self.collator = Collator(self.tokenizer)
 
@@ -139,6 +149,7 @@ class Run:
             teacher=self.teacher.model if self.teacher else None,
             source=self.model_source,
             tokenizer=self.tokenizer,
+            sparsity_asked=run.sparsity is not None,
         )
         if "pooler" in run.masked and (self.model.head_kind != "linear" or self.model.kind == "span"):
             raise UserError("masked pooler: this head does not use the pooler; add --head linear, or mask other parts")
@@ -171,7 +182,8 @@ class Run:
         """What a phase trains on, and what is held out of it, if anything."""
         if phase.data == "task" or self.text is None:
             return self.train_set, self.held_out
-        seed = int(self.config.trainer.get("data_seed") or self.seed)
+        given = self.config.trainer.get("data_seed")
+        seed = self.seed if given is None else int(given)
         return tuple(MaskedText(part, self.tokenizer, seed, phase.masking) for part in self.text.parts())
 
     def execute(self) -> dict[str, Any]:
@@ -233,6 +245,8 @@ class Run:
         """Trains a started phase from its newest checkpoint, if there is one, to its end; returns its notes."""
         folder, module = self.folder.phase_folder(index, phase.name), self.method.module
         arguments = self._arguments(index, phase)
+        if phase.note and distributed.is_main():
+            print(f"{phase.name}  {phase.note}", flush=True)
         freeze_unused(self.model)
         optimizer = build_optimizer(phase, arguments)
         checkpoint = distributed.once(lambda: self._resume_point(folder, phase))
@@ -255,6 +269,7 @@ class Run:
                 reports=self.folder.reports, first=[losses, LogCallback(self.folder, phase)],
                 callbacks=[turns, interrupt, progress, saves],
             )  # fmt: skip
+            self._watch_train(trainer, phase)
             hook = losses.watch(module)
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
@@ -269,6 +284,12 @@ class Run:
         if distributed.is_main():
             self.folder.phase_summary(phase.name, steps, loss, saves.seconds)
         return {"phase": phase.name, "steps": steps, "train_loss": loss, "train_seconds": saves.seconds}
+
+    def _watch_train(self, trainer: Trainer, phase: Phase) -> None:
+        """Has a slice of train evaluated too, for a phase on the task's examples."""
+        if "train" in self.watched and phase.data == "task":
+            rows = self._encoded(self.watched["train"], training=self.data.spec.kind == "span")
+            trainer.add_callback(TrainSliceCallback(trainer, rows))
 
     def _resume_point(self, folder: Path, phase: Phase) -> Checkpoint | None:
         checkpoint = last_checkpoint(folder)
@@ -293,11 +314,16 @@ class Run:
         report = sparsity_report(self.model.base, masks)
         info = {"method": run.method, "task": data.spec.name, "base_model": run.model, "base_sha256": self.fingerprint}
         self.model.zero_grad(set_to_none=True)
-        save_model(self.folder.model, self.model, self.tokenizer, masks=masks, pattern=run.pattern, info=info)
+        save_model(self.folder.model, self.model, self._first_tokenizer, masks=masks, pattern=run.pattern, info=info)
         # The score is the saved files' own: what `sparsebert.evaluate` will read.
         metrics = evaluate_saved(
             self.folder, self.config, data, lambda: interrupt.check_alone("while scoring; training is finished")
         )
+        watched = score_sets(
+            self.model, {name: self._encoded(rows, training=False) for name, rows in self.watched.items()}, data,
+            self.tokenizer, self.config, self.precision,
+            lambda: interrupt.check_alone("while scoring; training is finished"),
+        )  # fmt: skip
         sparsifies = self.method.sparsifies
         spent = sum(note["train_seconds"] + note.get("score_seconds", 0.0) for note in notes)
         result = {
@@ -307,6 +333,7 @@ class Run:
             "metric": data.spec.metric,
             "score": metrics[data.spec.metric],
             "metrics": metrics,
+            **{f"{name}_score": watched[f"{data.spec.metric}_{name}"] for name in self.watched},
             **{note["report"]: note["metrics"] for note in notes if "report" in note},
             "sparsity": {**report, "target": run.sparsity if sparsifies else 0.0},
             "seed": self.seed,

@@ -70,6 +70,9 @@ class RunSettings:
         },
     )
     text_length: int | None = _arg(None, "tokens of a block of text [512, or what the model takes]")
+    watch_train: bool = _arg(
+        False, "where a slice held out of train is watched, also score as many rows of what is trained on"
+    )
     untouched: bool = _arg(True, "also train the head on the untouched model and report it (feature extraction)")
     output: str | None = _arg(None, "folder of the run [runs/TASK-METHOD-N]")
     resume: str | None = _arg(None, "folder of an interrupted run to go on with; takes its own settings")

@@ -119,6 +119,7 @@ def _config(config: Config, data: TaskData, precision: str) -> Config:
         masked=["encoder"],
         allocation="global",
         untouched=False,
+        watch_train=False,
         text=[],
         output=None,
         resume=None,
@@ -129,6 +130,9 @@ def _config(config: Config, data: TaskData, precision: str) -> Config:
     trainer |= {"seed": run.teacher_seed}
     if run.teacher_max_steps > 0:
         trainer["max_steps"] = run.teacher_max_steps
+    if config.trainer.get("eval_strategy", "no") != "no":
+        # It must not know the slice that its student is watched on: by watching, it holds the same one out.
+        trainer["eval_strategy"] = "epoch"
     if teacher.head is None:
         teacher.head = METHODS[run.method].defaults.get("head", "mlp")
     return Config(teacher, method.Settings(), trainer)

@@ -1,0 +1,93 @@
+"""Grafting: for one forward pass, some of a base's layers are another model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from sparsebert.errors import UserError
+from sparsebert.models.capture import layers_of
+from sparsebert.models.prunable import layout_of
+from sparsebert.models.task_model import TaskModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_graft", "grafted", "inherit"]
+
+_ALIKE = ("model_type", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+"""What two models must have in common, by the configuration's names, for one's layers to run inside of the other."""
+
+
+def check_graft(model: TaskModel, donor: TaskModel) -> None:
+    """Raises a UserError unless `model` can take over all weights of `donor` that it has a place for, and its layers
+    can stand in for as many layers of the donor each: the donor has a multiple of the layers."""
+    mine, theirs = model.base.config, donor.base.config
+    pairs = [(name, getattr(mine, name, None), getattr(theirs, name, None)) for name in _ALIKE]
+    pairs += [("intermediate_size", _neurons(model.base), _neurons(donor.base))]
+    pairs += [("head", model.head_kind, donor.head_kind), ("pooling", model.pooling, donor.pooling)]
+    if model.head_kind == "mlp":
+        pairs.append(("units of the head", model.head_width, donor.head_width))
+    for name, here, there in pairs:
+        if here != there:
+            raise UserError(f"teacher: expected the student's {name}, {here}, got {there}; layers are taken from it")
+    own, its = len(layers_of(model.base)), len(layers_of(donor.base))
+    if its % own:
+        raise UserError(f"teacher: expected a multiple of the student's {own} layers, got {its}")
+
+
+def inherit(model: TaskModel, donor: TaskModel) -> None:
+    """Copies the donor's weights into all places of `model`, head included; a model of fewer layers gets the first.
+
+    The places may be masked ones; both must fit (`check_graft`).
+    """
+    state = donor.state_dict()
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+
+
+@contextmanager
+def grafted(base: PreTrainedModel, donor: PreTrainedModel, own: Sequence[bool]) -> Iterator[None]:
+    """While the `with` block lasts, `base` runs the donor's layers in place of some of its own.
+
+    Everything else stays `base`'s. The donor's layers are no part of its state, parameters or modules before and
+    after. `Capture` counts the layers that run, so it must be entered inside. transformers hooks the layers in the first
+    call that wants hidden states of both: if any does, it must have done so before (as `TaskModel` with an `mlp` head).
+
+    Args:
+        base: its list of layers is changed, and changed back.
+        donor: has r times the layers of `base`; layer l of `base` stands for the donor's r * l ... r * l + r - 1.
+        own: for each layer of `base`, whether it runs itself.
+
+    Raises:
+        ValueError: an `own` of another length, layers that do not divide, or two kinds of attention (each takes its
+            mask in its own form).
+    """
+    path = layout_of(base).layers
+    mine, theirs = layers_of(base), layers_of(donor)
+    if len(own) != len(mine) or len(theirs) % len(mine):
+        raise ValueError(f"own: {len(own)} entries for {len(mine)} layers grafted on {len(theirs)}")
+    kinds = base.config._attn_implementation, donor.config._attn_implementation
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"donor: expected attention {kinds[0]!r} as the base has, got {kinds[1]!r}")
+    step = len(theirs) // len(mine)
+    layers: list[nn.Module] = []
+    for index, kept in enumerate(own):
+        layers += [mine[index]] if kept else theirs[index * step : (index + 1) * step]
+    parent, _, name = path.rpartition(".")
+    holder = base.get_submodule(parent)
+    setattr(holder, name, nn.ModuleList(layers))
+    try:
+        yield
+    finally:
+        setattr(holder, name, mine)
+
+
+def _neurons(base: PreTrainedModel) -> int:
+    """FFN width; DistilBERT's configuration has another name for it."""
+    component = dict(layout_of(base).linears)["ffn_in"]
+    weight = layers_of(base)[0].get_submodule(component).weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0])
