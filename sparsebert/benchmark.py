@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ def _run(argv: Sequence[str]) -> int:
         # Now rather than after minutes.
         with guard_disk(output, new=True):
             output.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "sparsebert.benchmark", *argv])
+    # The report is for others too: where a folder lies on this machine is nobody else's business.
+    shown = [Path(word).name if os.path.isabs(word) else word for word in argv]
+    command = shlex.join(["python", "-m", "sparsebert.benchmark", *shown])
     report = measure(subject, settings, command, lambda line: print(line, file=sys.stderr, flush=True))
     if output is not None:
         with guard_disk(output):

@@ -49,7 +49,10 @@ def _run(argv: Sequence[str]) -> int:
         raise UserError(f"output {output}: exists already; choose another --output, or replace it with --overwrite")
     card = Card(folder)
     model, tokenizer, _, info = load_model(folder.model)
-    command = shlex.join(["python", "-m", "sparsebert.export", *argv])
+    words = ["--to", given.to, *([] if given.compact else ["--no-compact"])]
+    words += [] if given.format is None else ["--format", given.format]
+    # Where this machine keeps its runs is of no use to a card's reader.
+    command = shlex.join(["python", "-m", "sparsebert.export", "RUN", *words])
     exported = export(
         model,
         tokenizer,

@@ -15,7 +15,7 @@ from sparsebert.models.mlm_head import MaskedLMHead, word_embeddings
 from sparsebert.models.task_model import TaskModel
 from sparsebert.ops.hidden_cosine import hidden_cosine
 
-__all__ = ["LOSSES", "Pretraining", "frozen_copy", "held_out_losses"]
+__all__ = ["LOSSES", "Pretraining", "frozen_copy", "held_out_losses", "two_segments"]
 
 LOSSES: dict[str, tuple[str, ...]] = {"mlm": ("mlm",), "kd": ("kd",), "mlm+kd": ("mlm", "kd")}
 """What `--objective` stands for: `mlm`, cross-entropy at the places to predict; `kd`, the mean over the layers of
@@ -42,6 +42,7 @@ class Pretraining:
         losses: `mlm`, `kd` or both.
         head: for `mlm`.
         dense: for `kd`: what the states are compared with; of the same layers.
+        segments: whether blocks go through `two_segments`, where the model tells segments apart.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Pretraining:
         losses: Sequence[str],
         head: MaskedLMHead | None = None,
         dense: TaskModel | None = None,
+        segments: bool = False,
     ) -> None:
         if "mlm" in losses and head is None:
             raise ValueError("head: needed for mlm")
@@ -57,6 +59,8 @@ class Pretraining:
             raise ValueError("dense: needed for kd")
         self.model, self.head, self.dense = model, head, dense
         self.names = tuple(losses)
+        config = model.base.config
+        self.segments = segments and config.model_type == "bert" and config.type_vocab_size > 1
         self.parts: dict[str, Tensor] = {}
         """Each loss's newest value; for the log."""
 
@@ -68,6 +72,7 @@ class Pretraining:
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every loss by its name, scalar fp32."""
+        batch = two_segments(batch) if self.segments else batch
         last = len(layers_of(self.model.base))
         layers = range(1, last + 1) if "kd" in self.names else (last,)
         states = _states(self.model, batch, layers)
@@ -84,6 +89,28 @@ class Pretraining:
     def logs(self) -> dict[str, float]:
         """The newest value of every loss."""
         return {f"{name}_loss": float(value) for name, value in self.parts.items()}
+
+
+def two_segments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every second block, on average, as a pair of texts, as BERT's own pre-training and tasks on pairs have them.
+
+    A [SEP] takes the place of one token, and what follows it has token type 1. Which blocks, and where, follows from
+    their tokens alone, so that nothing is drawn that a resumed run would have to draw again.
+
+    Args:
+        batch: `input_ids` `[batch, seq]`, blocks that end with [SEP]; `labels` if there are any.
+    """
+    ids = batch["input_ids"]
+    length = ids.shape[1]
+    places = torch.arange(length, device=ids.device)
+    # From 1 to twice the last place inside a block: in half of the cases there is no such place.
+    point = (ids.sum(1, keepdim=True) % (2 * (length - 2))) + 1
+    cut = (places == point) & (point < length - 1)
+    second = (places > point) & (point < length - 1)
+    changed = {**batch, "input_ids": torch.where(cut, ids[:, -1:], ids), "token_type_ids": second.long()}
+    if "labels" in batch:
+        changed["labels"] = batch["labels"].masked_fill(cut, -100)
+    return changed
 
 
 def _states(model: TaskModel, batch: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:

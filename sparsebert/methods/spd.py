@@ -65,6 +65,8 @@ class Settings(GraftSettings, CubicSettings):
     """Weight of the task's own loss."""
     temperature: float = 1.0
     """T of the soft labels."""
+    dropout: bool = True
+    """Whether the student's layers drop out while they learn, as published; the teacher's never do."""
 
 
 class _GraftedDistillation(Distillation):
@@ -87,6 +89,7 @@ class _Graft(GraftedPhase):
 
     def start(self) -> None:
         super().start()
+        self.module.model.set_base_dropout(self.method.settings.dropout)
         self.objective = _GraftedDistillation(self, self.method.teacher, self.method.terms())  # type: ignore[attr-defined]
         self.module.objective = self.objective
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsebert.errors import UserError, unknown
-from sparsebert.models.folder import first_line
 from sparsebert.models.load import load_base, max_tokens
 from sparsebert.models.per_layer import remove_structure
 from sparsebert.models.plain_head import labelled_config, with_plain_head
-from sparsebert.models.replace import out_of_space, replace_folder
+from sparsebert.models.replace import put_folder
 from sparsebert.models.sparse_folder import save_sparse
 from sparsebert.models.sparse_load import AutoSparseModel
 from sparsebert.models.storage import head_files, load_head
@@ -104,8 +103,12 @@ def export(
     directory = Path(directory).expanduser()
     inputs = _examples(model.base, tokenizer)
     expected = [_run(model, batch) for batch in inputs]
+    removed = ""
     if compact and info.get("pattern") in ("heads", "neurons"):
+        before = model.base.num_parameters()
         remove_structure(model.base)
+        if model.base.num_parameters() < before:
+            removed = "; heads and neurons that are wholly pruned are taken out"
     made: list[Exported] = []
 
     def write(fresh: Path) -> None:
@@ -116,20 +119,13 @@ def export(
                 f"{to}: the exported model's logits differ by {parity:.1e} from the run's, more than {PARITY:.0e}; "
                 "nothing was written"
             )
-        made.append(Exported(to, what, usage, parity))
+        made.append(Exported(to, what + removed, usage, parity))
         if to != "sparse":
             tokenizer.save_pretrained(fresh)
         if card is not None:
             (fresh / "README.md").write_text(card(made[0]), encoding="utf-8")
 
-    try:
-        replace_folder(directory, write, _WRITTEN)
-    except Exception as error:  # the tokenizer's library raises bare exceptions for what the system refuses
-        if out_of_space(error):
-            raise UserError(f"{directory}: no space left on its disk; nothing was changed, make room") from error
-        if isinstance(error, OSError):
-            raise UserError(f"{directory}: cannot be written ({first_line(error)})") from error
-        raise
+    put_folder(directory, write, _WRITTEN)
     return made[0]
 
 
@@ -150,11 +146,10 @@ Written = tuple[str, str, Run]
 def _dense(folder: Path, model: TaskModel, tokenizer: Any, info: Mapping[str, Any], format: str) -> Written:
     whole = with_plain_head(model)
     uneven = bool(getattr(model.base.config, "is_heterogeneous", False))
-    widths = "pruned heads and neurons taken out" if uneven else "pruned weights zero"
     if whole is not None:
         whole.save_pretrained(folder)
         name = type(whole).__name__
-        what = f"a {name} of Hugging Face with {widths}"
+        what = f"a {name} of Hugging Face, pruned weights zero"
         loader: Any = AutoSparseModel if uneven else type(whole)
         loaded = loader.from_pretrained(folder).eval()
         usage = (
@@ -169,7 +164,7 @@ def _dense(folder: Path, model: TaskModel, tokenizer: Any, info: Mapping[str, An
         save_sparse(model, folder, tokenizer, pattern=info.get("pattern"))
         sparse = AutoSparseModel.from_pretrained(folder)
         usage = "import sparsebert\n\nmodel = sparsebert.AutoSparseModel.from_pretrained(FOLDER)"
-        return f"the encoder and the run's own {model.head_kind} head, {widths}", usage, lambda b: _run(sparse, b)
+        return f"the encoder and the run's own {model.head_kind} head", usage, lambda b: _run(sparse, b)
     model.base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file, content in head_files(model, dict(info)).items():
@@ -178,8 +173,8 @@ def _dense(folder: Path, model: TaskModel, tokenizer: Any, info: Mapping[str, An
     again, _ = load_head(folder, base)
     name = type(model.base).__name__
     what = (
-        f"a {name} of Hugging Face with {widths}, the encoder alone: transformers has no head that computes what the "
-        f"run's {model.head_kind} head does, which lies beside it in head.safetensors and head.json"
+        f"a {name} of Hugging Face, pruned weights zero; the encoder alone, for transformers has no head that computes "
+        f"what the run's {model.head_kind} head does, which lies beside it in head.safetensors and head.json"
     )
     usage = (
         "from pathlib import Path\n\nfrom sparsebert.models.load import load_base\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from sparsebert.models.masks import pack_masks, read_bits
 from sparsebert.models.pack_layers import PackedEmbedding, PackedLinear, Running
 from sparsebert.models.plain import plain_state
 from sparsebert.models.prunable import all_matrices
-from sparsebert.models.replace import out_of_space, replace_folder
+from sparsebert.models.replace import put_folder
 from sparsebert.models.storage import HEAD_FILES, head_files, load_head, load_model
 from sparsebert.models.task_model import TaskModel
 
@@ -100,7 +100,7 @@ class MaskPack(nn.Module):
             (fresh / _TASKS).mkdir()
             (fresh / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
-        _put(directory, write, ())
+        put_folder(directory, write, ())
         return cls(directory, base, tokenizer, about["sha256"])  # type: ignore[arg-type]
 
     @classmethod
@@ -169,7 +169,7 @@ class MaskPack(nn.Module):
                 (fresh / file).write_bytes(content)
 
         target = self.directory / _TASKS / name
-        _put(target, write, (_MASKS, *HEAD_FILES))
+        put_folder(target, write, (_MASKS, *HEAD_FILES))
         self._take(target)
         return name
 
@@ -336,15 +336,3 @@ def _read_about(path: Path) -> dict[str, Any]:
     if about.get("version") != PACK_VERSION:
         raise UserError(f"{path}: a pack of version {about.get('version')!r}; this sparsebert reads {PACK_VERSION}")
     return dict(about)
-
-
-def _put(directory: Path, write: Callable[[Path], None], replaced: Sequence[str]) -> None:
-    """`replace_folder` with a user's errors."""
-    try:
-        replace_folder(directory, write, replaced)
-    except Exception as error:  # the tokenizer's library raises bare exceptions for what the system refuses
-        if out_of_space(error):
-            raise UserError(f"{directory}: no space left on its disk; nothing was changed, make room") from error
-        if isinstance(error, OSError):
-            raise UserError(f"{directory}: cannot be written ({first_line(error)})") from error
-        raise

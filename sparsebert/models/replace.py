@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-__all__ = ["out_of_space", "previous_of", "replace_folder"]
+from sparsebert.errors import UserError
+from sparsebert.models.folder import first_line
+
+__all__ = ["out_of_space", "previous_of", "put_folder", "replace_folder"]
 
 _ABANDONED_SECONDS = 3600
 
@@ -49,6 +52,18 @@ def replace_folder(target: Path, write: Callable[[Path], None], replaced: Collec
     _flush_folder(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def put_folder(target: Path, write: Callable[[Path], None], replaced: Collection[str]) -> None:
+    """`replace_folder`, with a `UserError` for a disk that is full or a place that cannot be written."""
+    try:
+        replace_folder(target, write, replaced)
+    except Exception as error:  # the tokenizer's library raises bare exceptions for what the system refuses
+        if out_of_space(error):
+            raise UserError(f"{target}: no space left on its disk; nothing was changed, make room") from error
+        if isinstance(error, OSError):
+            raise UserError(f"{target}: cannot be written ({first_line(error)}); nothing was changed") from error
+        raise
 
 
 def previous_of(target: Path) -> Path:

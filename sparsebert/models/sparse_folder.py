@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from sparsebert import __version__
 from sparsebert.errors import UserError, unknown
-from sparsebert.models.folder import WEIGHTS, first_line
+from sparsebert.models.folder import WEIGHTS
 from sparsebert.models.load import model_fingerprint
 from sparsebert.models.prunable import LAYOUTS
-from sparsebert.models.replace import out_of_space, replace_folder
+from sparsebert.models.replace import put_folder
 from sparsebert.models.storage import HEAD_FILES, head_files
 from sparsebert.models.task_model import TaskModel
 from sparsebert.nn.masked import MaskedEmbedding, MaskedLinear
@@ -106,7 +106,7 @@ def save_sparse(
     Raises:
         TypeError: no such model. UserError: a model that could not be rebuilt from the folder (another kind, a class
             that is not transformers' own, a layer with an activation of its own, weights without data), or a folder
-            that cannot be written; a full disk is named with the bytes that are needed.
+            that cannot be written, a full disk among the reasons.
     """
     directory = Path(directory)
     base = _checked(model)
@@ -130,18 +130,7 @@ def save_sparse(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    try:
-        replace_folder(directory, write, {*_OURS, *(_TOKENIZER if tokenizer is not None else ())})
-    except Exception as error:  # the tokenizer's library raises bare exceptions for what the system refuses
-        if out_of_space(error):
-            needed = sum(map(len, files.values()))
-            raise UserError(
-                f"{directory}: no space left on its disk; the model needs {needed:,} bytes and a little. "
-                "Nothing was changed: make room, or give a folder on another disk"
-            ) from error
-        if isinstance(error, OSError):
-            raise UserError(f"{directory}: cannot save the model there ({first_line(error)})") from error
-        raise
+    put_folder(directory, write, {*_OURS, *(_TOKENIZER if tokenizer is not None else ())})
 
 
 def save_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ __all__ = ["Masks"]
 class Masks(nn.Module):
     """The masks of a model's prunable matrices, and the scores that shape them where masks are learned.
 
-    Puts a `MaskedLinear` or `MaskedEmbedding` in the place of each matrix (weights shared, all kept at first). Bits
-    and scores are part of its state, so a checkpoint of the training module holds them.
+    Puts a `MaskedLinear` or `MaskedEmbedding` in the place of each matrix (weights shared, all kept at first). Bits,
+    scores and what has ever been pruned (`recovery`) are part of its state, so a checkpoint of the training module
+    holds them.
 
     Args:
         base: the model whose modules are replaced.
@@ -43,6 +45,7 @@ class Masks(nn.Module):
         for index, group in enumerate(self.groups):
             kept = torch.ones(math.prod(group.shape), dtype=torch.bool, device=device)
             self.register_buffer(f"bits_{index}", pack_bits(kept))
+            self.register_buffer(f"ever_pruned_{index}", pack_bits(~kept))
             self._modules_of.append([self._replace(view.matrix.name, index, view.grid, dtype) for view in group.views])
 
     def _replace(
@@ -68,6 +71,11 @@ class Masks(nn.Module):
         """Packed masks, one uint8 tensor per score group."""
         return [getattr(self, f"bits_{index}") for index in range(len(self.groups))]
 
+    @property
+    def _ever_pruned(self) -> list[Tensor]:
+        """Packed as `bits`: 1 where any mask so far pruned the unit; padding means nothing."""
+        return [getattr(self, f"ever_pruned_{index}") for index in range(len(self.groups))]
+
     def learn(self, init: Sequence[Tensor]) -> None:
         """Makes the scores trainable parameters with the given first values (one per group, of its shape)."""
         self.scores = nn.ParameterList([nn.Parameter(score.contiguous()) for score in init])
@@ -86,6 +94,7 @@ class Masks(nn.Module):
         """Takes new masks for all groups and makes the cached products anew."""
         for index, (packed, modules) in enumerate(zip(bits, self._modules_of, strict=True)):
             setattr(self, f"bits_{index}", packed)
+            self._ever_pruned[index].bitwise_or_(packed.bitwise_not())
             for module in modules:
                 module.set_bits(packed, refresh=refresh)
 
@@ -161,6 +170,21 @@ class Masks(nn.Module):
         total = sum(math.prod(group.shape) for group in self.groups)
         kept = sum(_count_bits(bits) for bits in self.bits)
         return total - kept, total
+
+    def recovery(self) -> dict[str, Any]:
+        """How many of the kept units some earlier mask had pruned (Gao et al., 2021: connection recovery).
+
+        Returns:
+            `kept` and `recovered`, counts of units; `share`, their ratio (0.0 where nothing is kept); `by_group`, the
+            ratio in each score group by its name.
+        """
+        counts = [
+            (_count_bits(ever & bits), _count_bits(bits))
+            for ever, bits in zip(self._ever_pruned, self.bits, strict=True)
+        ]
+        recovered, kept = (sum(column) for column in zip(*counts, strict=True))
+        shares = {group.name: part / max(1, whole) for group, (part, whole) in zip(self.groups, counts, strict=True)}
+        return {"kept": kept, "recovered": recovered, "share": recovered / max(1, kept), "by_group": shares}
 
     def sparsity(self) -> float:
         """Share of the units that are pruned."""

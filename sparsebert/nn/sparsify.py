@@ -100,6 +100,11 @@ def sparsify(
     if include is None:
         records += _others(model, min_sparsity)
     model.sparsification = Sparsification(records)  # type: ignore[assignment]
+    return _saved_sparse(model)
+
+
+def _saved_sparse(model: Model) -> Model:
+    """Gives a transformers model with sparse layers a `save_pretrained` that knows them."""
     if hasattr(type(model), "save_pretrained") and any(isinstance(held, SparseLinear) for held in model.modules()):
         model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[assignment]
     return model

@@ -132,15 +132,17 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """config.yaml without what is only about the machine it was written on."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        run = {name: value for name, value in settings["run"].items() if name not in _PRIVATE}
+        run = {name: _name(value) for name, value in settings["run"].items() if name not in _PRIVATE}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: missing or damaged ({first_line(error)}); expected a run's folder") from error
-    return {**settings, "run": {**run, "model": _name(str(run.get("model")))}}
+    return {**settings, "run": run}
 
 
-def _name(model: str) -> str:
-    """A hub's name as it is; of a folder's path only the last part."""
-    return Path(model).name if os.path.isabs(model) or os.path.exists(model) else model
+def _name(value: Any) -> Any:
+    """Of paths only the last part; a hub's name, and what else a setting is, as it is."""
+    if isinstance(value, list):
+        return [_name(item) for item in value]
+    return Path(value).name if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)) else value
 
 
 def _cell(value: object) -> str:

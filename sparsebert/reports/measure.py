@@ -6,8 +6,10 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -324,7 +326,7 @@ class _Bench:
             outputs = predict(
                 readout.model,  # type: ignore[arg-type]
                 sets[""],
-                Collator(self.subject.tokenizer),
+                Collator(self.subject.tokenizer),  # type: ignore[arg-type]
                 batch_size=max(self.settings.batch_sizes),
                 dtype=torch.float32,  # no autocast: the variant's own precision
                 device=self.device,
@@ -335,7 +337,7 @@ class _Bench:
     def _about(self) -> dict[str, Any]:
         subject = self.subject
         return {
-            "where": subject.where,
+            "where": Path(subject.where).name if os.path.isabs(subject.where) else subject.where,
             "model_type": str(subject.readout.base.config.model_type),
             "output": "task" if subject.folder is not None or not subject.readout.per_token else "last hidden state",
             "pattern": subject.pattern,

@@ -111,7 +111,7 @@ def _case(case: Mapping[str, Any]) -> Table:
         numbers = (f"{row['p50_ms']:.3f}", f"{row['p90_ms']:.3f}", f"{row['sentences_per_second']:.1f}")
         rows.append((row["variant"], row["kind"], *numbers, f"{row['tokens_per_second']:.0f}", _times(row["speedup"])))
     heads = ("variant", "kind", "p50 ms", "p90 ms", "sentences/s", "tokens/s", "speed against best dense")
-    return Table(f"batch of {case['case']} tokens ({case['kind']} lengths)", heads, rows, (*notes, case["verdict"]))
+    return Table(f"batch {case['case']} ({case['kind']} lengths)", heads, rows, (*notes, case["verdict"]))
 
 
 def _memory(report: Mapping[str, Any]) -> Table:
@@ -127,7 +127,7 @@ def _memory(report: Mapping[str, Any]) -> Table:
         notes.insert(
             0,
             "resident and peak: what a process of its own holds more than before it loaded the model, with the variant "
-            f"built, and at the worst moment of a batch of {measured[0]}",
+            f"built, and at the worst moment of batch {measured[0]}",
         )
     heads = ("variant", "weights MiB", "of linears", "resident MiB", "peak MiB", "layers by format")
     return Table("memory", heads, rows, tuple(notes))

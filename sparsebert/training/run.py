@@ -310,6 +310,7 @@ class Run:
     ) -> dict[str, Any]:
         begun = time.monotonic()
         run, data = self.config.run, self.data
+        recovery = {"recovery": self.method.masks.recovery()} if self.method.sparsifies else {}
         masks = {name: mask.cpu() for name, mask in self.method.finish().items()}
         report = sparsity_report(self.model.base, masks)
         info = {"method": run.method, "task": data.spec.name, "base_model": run.model, "base_sha256": self.fingerprint}
@@ -336,6 +337,7 @@ class Run:
             **{f"{name}_score": watched[f"{data.spec.metric}_{name}"] for name in self.watched},
             **{note["report"]: note["metrics"] for note in notes if "report" in note},
             "sparsity": {**report, "target": run.sparsity if sparsifies else 0.0},
+            **recovery,
             "seed": self.seed,
             "seconds": round(spent + self._preparing + time.monotonic() - begun, 1),
             "phases": [

@@ -179,7 +179,7 @@ def test_the_loss_is_the_sum_over_layers_of_the_grafted_network(
 
 
 def test_an_unpruned_copy_has_nothing_to_learn_but_the_teachers_uncertainty() -> None:
-    method = without_dropout(make("spd", soft_label_weight=0.0))
+    method = make("spd", soft_label_weight=0.0, dropout=False)
     phase = method.phases()[0]
     phase.start()
     phase.loaded()

@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM
 
 from sparsebert.errors import UserError
 from sparsebert.methods import Method, Phase
+from sparsebert.methods.pretraining import two_segments
 from sparsebert.methods.tamt import search_steps
 from sparsebert.patterns import units_to_prune
 from sparsebert.train import main
@@ -71,7 +72,7 @@ def expected_loss(method: Method, objective: str, batch: dict[str, Tensor], mask
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_scores_get_the_gradient_of_the_mask_as_it_is(objective: str) -> None:
-    method, phase = searching(objective, sparsity=0.4)
+    method, phase = searching(objective, sparsity=0.4, segments=False)
     batch = tiny.batch(phase, 4)
     dense = {name: mask.float().requires_grad_() for name, mask in method.masks.dense().items()}
     expected = expected_loss(method, objective, batch, dense)
@@ -344,3 +345,39 @@ def test_a_mask_with_units_in_part_is_refused(workshop: tiny.Workshop, capsys: A
 def test_a_search_without_text_is_refused(workshop: tiny.Workshop, capsys: Any) -> None:
     assert main(workshop.command("tamt", "--search-steps", "2")) == 2
     assert "give --text FILE or FOLDER" in capsys.readouterr().err
+
+
+def test_half_of_the_blocks_are_pairs_by_their_tokens_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 1000, (2000, 12), generator=generator)
+    ids[:, 0], ids[:, -1] = 2, 3
+    batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "labels": ids.clone()}
+    changed = two_segments(batch)
+    again = two_segments({name: tensor.flip(0) for name, tensor in batch.items()})
+    assert all(torch.equal(changed[name], again[name].flip(0)) for name in batch)
+    new, types = changed["input_ids"], changed["token_type_ids"]
+    cut = new != ids
+    assert set(cut.sum(1).tolist()) == {0, 1} and 0.45 < float(cut.any(1).float().mean()) < 0.55
+    assert cut.any(0).tolist() == [False, *[True] * 10, False]
+    assert bool((new[cut] == 3).all()) and bool((changed["labels"][cut] == -100).all())
+    assert torch.equal(changed["labels"] == -100, cut)
+    # First all of the one type, then all of the other, from behind the new [SEP].
+    assert torch.equal(types, (cut.cumsum(1) - cut.long()))
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("bert", {0, 1}), ("roberta", set()), ("distilbert", set())])
+def test_only_a_bert_is_shown_pairs(kind: str, shown: set[int]) -> None:
+    method = tiny.build("tamt", objective="kd", kind=kind)
+    phase = method.phases()[0]
+    phase.start()
+    seen: set[int] = set()
+    encode = method.context.model.encode
+
+    def watched(ids: Tensor, mask: Any = None, types: Tensor | None = None, **extra: Any) -> Any:
+        seen.update([] if types is None else types.unique().tolist())
+        return encode(ids, mask, types, **extra)
+
+    method.context.model.encode = watched  # type: ignore[method-assign]
+    method.module.train()
+    method.module(**tiny.batch(phase, 64))
+    assert seen == shown

@@ -59,7 +59,7 @@ def test_the_loss_is_the_tasks_own_of_the_grafted_network(task: str, own: bool) 
     phase.draw = lambda: [own]
     found = method.module(**batch(task))["loss"]
     with grafted(student.base, teacher.base, [own]):
-        assert float(student(**batch(task))["loss"]) == pytest.approx(float(found.detach()), rel=1e-6)
+        assert float(student(**batch(task))["loss"].detach()) == pytest.approx(float(found.detach()), rel=1e-6)
     if not own:
         assert float(teacher(**batch(task))["loss"]) == pytest.approx(float(found.detach()), rel=1e-6)
     method.module.eval()

@@ -21,9 +21,9 @@ import tiny
 from sparsebert import MaskPack
 from sparsebert.errors import UserError
 from sparsebert.models.load import load_base, model_fingerprint
-from sparsebert.models.mask_pack import _put
 from sparsebert.models.padding_free import padding_free
 from sparsebert.models.prunable import prunable_matrices
+from sparsebert.models.replace import put_folder
 from sparsebert.models.storage import load_model, save_model
 from sparsebert.models.task_model import TaskModel
 
@@ -349,10 +349,10 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="pack: no space left on its disk"):
-        _put(tmp_path / "pack", write, ())
+        put_folder(tmp_path / "pack", write, ())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        _put(tmp_path / "file" / "pack", lambda folder: None, ())
+        put_folder(tmp_path / "file" / "pack", lambda folder: None, ())
     assert not (tmp_path / "pack").exists()
 
 

@@ -276,7 +276,7 @@ def test_a_saved_state_comes_back_with_its_products(tmp_path: Path, pattern: str
 def test_only_weights_masks_and_scores_are_saved() -> None:
     whole = Whole()
     plain = {f"base.{name}" for name in tiny.base().state_dict()}
-    masks = {f"masks.bits_{index}" for index in range(len(whole.masks.groups))}
+    masks = {f"masks.{name}_{i}" for name in ("bits", "ever_pruned") for i in range(len(whole.masks.groups))}
     assert set(whole.state_dict()) == plain | masks
     whole.masks.learn(whole.scores())
     scores = {f"masks.scores.{index}" for index in range(len(whole.masks.groups))}
