@@ -15,21 +15,21 @@ class Html(str):
     """Text that is HTML already."""
 
 
-def tag(name: str, *children: object, **attributes: object) -> Html:
+def tag(name: str, /, *children: object, **attributes: object) -> Html:
     """An element of HTML or SVG.
 
     Args:
         name: of the element.
         children: `Html` goes in as it is; all else as escaped text; None is left out.
-        attributes: a trailing underscore is dropped (`class_`), others become hyphens, in the first word a capital's
-            element keeps it (`viewBox`); None and False are left out, True is written without a value.
+        attributes: a trailing underscore is dropped (`class_`), others become hyphens; None and False are left out,
+            True is written without a value.
     """
     words = [name]
     for key, value in attributes.items():
         if value is None or value is False:
             continue
         key = key.rstrip("_").replace("_", "-")
-        words.append(key if value is True else f'{key}="{html.escape(str(value))}"')
+        words.append(key if value is True else f'{key}="{_text(value, quote=True)}"')
     opened = " ".join(words)
     if name in _VOID:
         return Html(f"<{opened}>")
@@ -81,7 +81,7 @@ def _ground(share: float | None, low: float, high: float) -> str:
     return f"text-align:right;background:rgba(56,132,255,{depth:.2f})"
 
 
-def _text(part: object) -> str:
+def _text(part: object, *, quote: bool = False) -> str:
     # Characters that no page may hold would make it malformed.
     text = "".join(letter for letter in str(part) if letter in "\t\n" or letter >= " ")
-    return html.escape(text, quote=False)
+    return html.escape(text, quote=quote)

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sparsebert.reproduce",
-        description="Run a table (configs/tables/TABLE.yaml) as a grid of training runs: "
-        "method x sparsity x task x seed. What is done already is skipped; run the same line again after an interruption.",
+        description="Run a table (configs/tables/TABLE.yaml) as a grid of training runs: method x sparsity x task x "
+        "seed. What is done already is skipped; run the same line again after an interruption.",
         allow_abbrev=False,
     )
     parser.add_argument("table", help="name of a table in configs/tables, or a YAML file; 'list' lists them")

@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import re
-import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from snippets import ROOT, check_lines, commands, needs_demo, run_command, run_python, snippets
 
-from sparsebert.data import demo_model_path
-from sparsebert.errors import UserError
-
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"(?:<!-- ([\w-]+) -->\n)?```(bash|python)\n(.*?)```", README, flags=re.S)
+SNIPPETS = snippets(ROOT / "README.md")
+# The newcomer's path is run as it stands, one snippet after the other.
+NEWCOMER = [snippet for snippet in SNIPPETS if snippet.name.startswith("newcomer-")]
+OTHERS = [snippet for snippet in SNIPPETS if snippet not in NEWCOMER]
 SMALL = ["--max-steps", "3", "--max-train-samples", "64", "--max-eval-samples", "32"]
+TRAINING = [arguments for module, arguments in commands(OTHERS) if module == "sparsebert.train"]
 
 
-def commands(module: str) -> list[list[str]]:
-    """The arguments of each `python -m MODULE ...` in the README's shell snippets."""
-    found = []
-    for _, language, text in SNIPPETS:
-        if language == "bash":
-            for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
-                words = shlex.split(line, comments=True)
-                if words[:3] == ["python", "-m", module]:
-                    found.append(words[3:])
-    return found
+@pytest.fixture
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder; no measured choice goes into the user's own file."""
+    from sparsebert.nn import remember
 
-
-def demo_is_missing() -> str | None:
-    try:
-        demo_model_path()
-    except UserError as error:
-        return str(error)
-    return None
-
-
-needs_demo = pytest.mark.skipif(demo_is_missing() is not None, reason="the extra sparsebert[demo] is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(remember, "path", lambda: tmp_path / "choices.json")
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
 
 
 def test_ci_finds_its_two_commands() -> None:
-    named = {name: text for name, language, text in SNIPPETS if language == "bash" and name}
+    named = {snippet.name: snippet.text for snippet in SNIPPETS if snippet.language == "bash" and snippet.name}
     assert "pip install torch==2.13.0" in named["main-job"]
     assert "python -m sparsebert.train --method adapt_prune" in named["main-job"]
     assert "pip install torch==2.13.0" in named["test-command"]
@@ -49,38 +40,43 @@ def test_ci_finds_its_two_commands() -> None:
 
 def test_every_shell_snippet_is_known() -> None:
     """A line that no test runs does not slip into the README."""
-    known = r"(torchrun |python3? -m (venv|sparsebert\.\w+)|python tests/sanitize\.py|\. |pip install|pytest|cd )"
-    for _, language, text in SNIPPETS:
-        if language == "bash":
-            for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
-                assert not line.strip() or line.strip().startswith("#") or re.match(known, line.strip()), line
+    check_lines(SNIPPETS)
 
 
 @needs_demo
-@pytest.mark.parametrize("arguments", commands("sparsebert.train"), ids=" ".join)
-def test_train_commands_run(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsebert.train import main
-
+@pytest.mark.parametrize("arguments", TRAINING, ids=" ".join)
+def test_train_commands_run(arguments: list[str], apart: Path) -> None:
     if "--data-dir" in arguments or "--resume" in arguments or "--config" in arguments:
         pytest.skip("names files of the reader's own; the same flags are tested in tests/training")
-    monkeypatch.chdir(tmp_path)
-    assert main([*arguments, *SMALL]) == 0
-    assert list(tmp_path.glob("**/result.json"))
+    run_command("sparsebert.train", [*arguments, *SMALL])
+    assert list(apart.glob("**/result.json"))
 
 
 @needs_demo
-def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All Python snippets in order, in one namespace, as a reader would paste them."""
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    for _, language, text in SNIPPETS:
-        if language == "python":
-            exec(compile(text, "README.md", "exec"), namespace)
+def test_the_newcomers_path_runs_snippet_by_snippet(apart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train, evaluate, benchmark, report, load in Python: in this order, each on what those before it have left."""
+    path = ["train", "evaluate", "benchmark", "report", "load"]
+    assert [snippet.name for snippet in NEWCOMER] == [f"newcomer-{step}" for step in path]
+    for step, snippet in zip(path[:-1], NEWCOMER, strict=False):
+        ((module, arguments),) = commands([snippet])
+        assert module == f"sparsebert.{step}"
+        run_command(module, arguments)
+    assert "the same to the last digit" in capsys.readouterr().out
+    run = apart / "runs" / "first"
+    for name in ("result.json", "benchmark.json", "benchmark.md", "model/model.safetensors"):
+        assert (run / name).is_file(), name
+    assert "<html" in (apart / "report.html").read_text(encoding="utf-8")
+    names = run_python(NEWCOMER, "README.md")
+    assert names["logits"].shape == (2, 2) and bool(names["logits"].isfinite().all())
+
+
+@needs_demo
+def test_python_snippets_run(apart: Path) -> None:
+    """All other Python snippets in order, in one namespace, as a reader would paste them."""
+    run_python(OTHERS, "README.md")
 
 
 def test_info_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    from sparsebert.info import main
-
-    for arguments in commands("sparsebert.info") or [[]]:
-        assert main(arguments) == 0
+    for arguments in [arguments for module, arguments in commands(SNIPPETS) if module == "sparsebert.info"] or [[]]:
+        run_command("sparsebert.info", arguments)
     assert "select_mask" in capsys.readouterr().out

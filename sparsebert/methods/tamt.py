@@ -17,6 +17,9 @@ Where this departs from the paper and its released code, and why:
 - *Segments*: half of the blocks are pairs (`segments`); the paper shows nothing but first segments, and a search that
   never sees token type 1 may prune what handles it. On a BERT of two layers it did, and tasks on pairs were lost.
 - *A checkpoint without a masked-LM head* gets a new one, trained on the dense model first (`train_mlm_head`).
+
+A word that the text never has gets no gradient while the threshold rises with the scores of the others, so that its row
+of the word embedding is pruned: with little text, mask the encoder alone.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ _STEPS = ((0.0, 3000), (0.2, 3000), (0.3, 6000), (0.4, 8000), (0.5, 11000), (0.6
           (0.9, 22000), (1.0, 22000))  # fmt: skip
 
 _MASKING = 0.15
-_NEW_HEAD_RATE = 1e-3
+_HEAD_ON_FROZEN_RATE = 1e-3
 
 # A search reads text and minimises its own loss: nothing of the task is watched meanwhile.
 _SEARCH_ARGUMENTS: dict[str, Any] = {
@@ -80,6 +83,8 @@ class Settings:
     train_mlm_head: int = 1000
     """Steps that train a new masked-LM head on the dense model first, where the objective needs one and the checkpoint
     has none."""
+    mlm_head_learning_rate: float = 5e-3
+    """Learning rate of a new masked-LM head in that phase; in the search it learns at the rate of the scores."""
     mask: str | None = None
     """Folder of a finished run, of any method that prunes, on the same base: its mask is fine-tuned on this task,
     and nothing is searched."""
@@ -114,7 +119,7 @@ class _NewHead(Phase):
             **_SEARCH_ARGUMENTS,
             "max_steps": settings.train_mlm_head,
             "per_device_train_batch_size": settings.search_batch_size,
-            "learning_rate": _NEW_HEAD_RATE,
+            "learning_rate": settings.mlm_head_learning_rate,
         }
 
     def start(self) -> None:
@@ -284,6 +289,8 @@ class Tamt(Method):
         check_setting("search_batch_size", settings.search_batch_size, settings.search_batch_size >= 1, "at least 1")
         rate = settings.score_learning_rate
         check_setting("score_learning_rate", rate, 0.0 <= rate < math.inf, "0 (the paper's) or a positive number")
+        rate = settings.mlm_head_learning_rate
+        check_setting("mlm_head_learning_rate", rate, 0.0 < rate < math.inf, "a positive number")
         check_head_rate(settings.head_learning_rate)
 
     def build(self) -> TrainingModule:
@@ -329,7 +336,7 @@ class Tamt(Method):
         for phase in phases:
             if isinstance(phase, HeadPhase):
                 # The rate of fine-tuning would leave a head on frozen features where it began.
-                phase.learning_rate = self.settings.head_learning_rate or _NEW_HEAD_RATE
+                phase.learning_rate = self.settings.head_learning_rate or _HEAD_ON_FROZEN_RATE
         return phases
 
     def phases(self) -> list[Phase]:

@@ -53,8 +53,8 @@ def grafted(base: PreTrainedModel, donor: PreTrainedModel, own: Sequence[bool]) 
     """While the `with` block lasts, `base` runs the donor's layers in place of some of its own.
 
     Everything else stays `base`'s. The donor's layers are no part of its state, parameters or modules before and
-    after. `Capture` counts the layers that run, so it must be entered inside. transformers hooks the layers in the first
-    call that wants hidden states of both: if any does, it must have done so before (as `TaskModel` with an `mlp` head).
+    after. `Capture` counts the layers that run, so it must be entered inside. transformers hooks a model's layers in
+    the first call that wants its hidden states; that must have been before (`TaskModel` with an `mlp` head sees to it).
 
     Args:
         base: its list of layers is changed, and changed back.

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsebert._html import table
+from sparsebert._show import rich_table
 from sparsebert.errors import UserError, unknown
 from sparsebert.models.folder import first_line
 from sparsebert.models.load import load_base, model_fingerprint
@@ -25,6 +27,7 @@ from sparsebert.models.storage import HEAD_FILES, head_files, load_head, load_mo
 from sparsebert.models.task_model import TaskModel
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["MaskPack"]
@@ -32,6 +35,7 @@ __all__ = ["MaskPack"]
 PACK_VERSION = 1
 
 _ABOUT, _BASE, _TASKS, _MASKS = "pack.json", "base", "tasks", "masks.safetensors"
+_HEADS = ("task", "kind", "outputs", "bytes of masks", "")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -254,6 +258,21 @@ class MaskPack(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.directory}, tasks: {', '.join(self.tasks) or 'none'}, running: {self.task or 'the base'}"
+
+    def _shown(self) -> Sequence[tuple[str, ...]]:
+        """A row a task: name, kind, classes, size of the masks, whether it is running."""
+        rows = []
+        for name in self.tasks:
+            model, size = self._models[name], sum(layer.bits[name].numel() for layer in self._packed.values())
+            outputs = ", ".join(model.label_names) or str(model.num_labels)
+            rows.append((name, model.kind, outputs, f"{size:,}", "running" if name == self.task else ""))
+        return rows
+
+    def __rich__(self) -> Table:
+        return rich_table(f"MaskPack {self.directory}", _HEADS, self._shown())
+
+    def _repr_html_(self) -> str:
+        return table(f"MaskPack {self.directory}", _HEADS, self._shown())
 
     def _check_task(self, task: str | None) -> None:
         if task is not None and (not isinstance(task, str) or task not in self._models):

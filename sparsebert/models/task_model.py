@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsebert._html import table
+from sparsebert._show import rich_table
 from sparsebert.errors import unknown
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from transformers import PreTrainedModel
 
 __all__ = ["HEADS", "KINDS", "POOLINGS", "LinearHead", "ScalarMixHead", "TaskModel"]
@@ -191,6 +194,24 @@ class TaskModel(nn.Module):
         extra: dict[str, Any] = {"output_hidden_states": True} if self.wants_all_states else {}
         output = self.encode(input_ids, attention_mask, token_type_ids, **extra)
         return self.answer(output, attention_mask, labels, start_positions, end_positions)
+
+    def _shown(self) -> list[tuple[str, str]]:
+        """What a glance at the model shows: name and value."""
+        config, outputs = self.base.config, ", ".join(self.label_names) or str(self.num_labels)
+        layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+        return [
+            ("base", f"{config.model_type}, {layers} layers, width {width}, {config.num_attention_heads} heads"),
+            ("task", f"{self.kind}: {outputs}"),
+            ("head", self.head_kind if self.kind == "span" else f"{self.head_kind}, {self.pooling}"),
+            ("parameters", f"{sum(parameter.numel() for parameter in self.parameters()):,}"),
+            ("runs in", f"{self.base.dtype} on {self.base.device}".removeprefix("torch.")),
+        ]
+
+    def __rich__(self) -> Table:
+        return rich_table(type(self).__name__, (), self._shown())
+
+    def _repr_html_(self) -> str:
+        return table(type(self).__name__, (), self._shown())
 
     @property
     def wants_all_states(self) -> bool:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsebert._show import heat_map, rich_shares
 from sparsebert.nn.masked import MaskedEmbedding, MaskedLinear
 from sparsebert.ops.bits import expand_grid, pack_bits, unpack_bits
 from sparsebert.ops.masked_weight import masked_weight
 from sparsebert.ops.select_mask import select_mask, threshold_mask
 from sparsebert.patterns import Allocation, Matrix, Pattern
 from sparsebert.patterns.base import ALLOCATIONS, GridPattern, units_to_prune
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Masks"]
 
@@ -190,6 +194,24 @@ class Masks(nn.Module):
         """Share of the units that are pruned."""
         pruned, total = self.counts()
         return pruned / total
+
+    def kept(self) -> dict[tuple[int | None, str], float]:
+        """Share of the weights that are kept, by encoder layer (None: outside them) and component."""
+        shares: dict[tuple[int | None, str], float] = {}
+        for group, bits in zip(self.groups, self.bits, strict=True):
+            share = _count_bits(bits) / max(math.prod(group.shape), 1)
+            shares |= {(view.matrix.layer, view.matrix.component): share for view in group.views}
+        order = [(matrix.layer, matrix.component) for matrix in self.matrices]
+        return {key: shares[key] for key in order if key in shares}
+
+    def _title(self) -> str:
+        return f"masks: {self.sparsity():.2%} of the units pruned; weights kept by layer and component"
+
+    def __rich__(self) -> Table:
+        return rich_shares(self._title(), self.kept())
+
+    def _repr_html_(self) -> str:
+        return heat_map(self._title(), self.kept())
 
     def units(self) -> list[Tensor]:
         """The masks as bool tensors, one per score group, of the group's shape."""

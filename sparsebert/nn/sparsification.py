@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
+
+from sparsebert._html import table
+from sparsebert._show import rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Replacement", "Sparsification"]
+
+_HEADS = ("layer", "shape", "zero", "", "format", "bytes", "speed", "reason")
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,20 @@ class Sparsification(Sequence[Replacement]):
     def __str__(self) -> str:
         if not self:
             return "no linear layers"
-        heads = ["layer", "shape", "zero", "", "format", "bytes", "speed", "reason"]
         rows = [_cells(record) for record in self]
-        widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)]
+        widths = [max(len(row[column]) for row in (_HEADS, *rows)) for column in range(len(_HEADS))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (_HEADS, *rows)]
+        return "\n".join([*lines, self._total()])
+
+    def __rich__(self) -> Table:
+        return rich_table(self._total(), _HEADS, [_cells(record) for record in self])
+
+    def _repr_html_(self) -> str:
+        return table(self._total(), _HEADS, [_cells(record) for record in self])
+
+    def _total(self) -> str:
         before, after = (sum(getattr(record, name) for record in self) for name in ("bytes_before", "bytes_after"))
-        total = f"{len(self.replaced)} of {len(self)} layers replaced; all their weights: {before:,} -> {after:,} bytes"
-        return "\n".join([*lines, total])
+        return f"{len(self.replaced)} of {len(self)} layers replaced; all their weights: {before:,} -> {after:,} bytes"
 
 
 def _cells(record: Replacement) -> list[str]:

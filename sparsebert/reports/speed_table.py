@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Table", "markdown", "tables", "terminal"]
+__all__ = ["Table", "markdown", "shown", "tables", "terminal"]
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,23 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def terminal(report: Mapping[str, Any]) -> str:
-    """The report as it is printed: boxes on a terminal, plain text in a pipe."""
-    lead = "\n".join(_lead(report))
+    """The report as it is printed."""
+    return shown("\n".join(_lead(report)), tables(report))
+
+
+def shown(lead: str, tables: Sequence[Table]) -> str:
+    """Lines of text and tables as they are printed: boxes on a terminal, plain text in a pipe."""
     if not sys.stdout.isatty():
-        return "\n\n".join([lead, *(table.plain() for table in tables(report))])
+        return "\n\n".join([*([lead] if lead else []), *(table.plain() for table in tables)])
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table as Box
 
     console = Console()
     with console.capture() as capture:
-        console.print(escape(lead))
-        for table in tables(report):
+        if lead:
+            console.print(escape(lead))
+        for table in tables:
             box = Box(title=escape(table.title), title_justify="left")
             for number, head in enumerate(table.heads):
                 box.add_column(escape(head), justify="right" if number else "left")

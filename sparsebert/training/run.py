@@ -184,7 +184,11 @@ class Run:
             return self.train_set, self.held_out
         given = self.config.trainer.get("data_seed")
         seed = self.seed if given is None else int(given)
-        return tuple(MaskedText(part, self.tokenizer, seed, phase.masking) for part in self.text.parts())
+        train, held_out = self.text.parts()
+        return (
+            MaskedText(train, self.tokenizer, seed, phase.masking),
+            MaskedText(held_out, self.tokenizer, seed, phase.masking),
+        )
 
     def execute(self) -> dict[str, Any]:
         """Runs all phases that are not finished yet, saves the model, scores it, writes result.json.

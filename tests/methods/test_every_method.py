@@ -249,6 +249,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("tamt", {"train_mlm_head": -1}, "train_mlm_head"),
     ("tamt", {"train_mlm_head": 0}, "train_mlm_head"),
     ("tamt", {"mask": "nowhere"}, "finished run"),
+    *(("tamt", {"mlm_head_learning_rate": rate}, "mlm_head_learning_rate") for rate in (0.0, -1e-5, float("nan"))),
     *(("tamt", {"score_learning_rate": rate}, "score_learning_rate") for rate in (-1e-5, float("nan"), float("inf"))),
     *(("tamt", {"head_learning_rate": rate}, "head_learning_rate") for rate in (-1e-5, float("nan"), float("inf"))),
     *((name, {"temperature": value}, "temperature") for name in TEACHABLE for value in (0.0, -1.0)),

@@ -85,9 +85,10 @@ def _select(run: RunRecord, groups: list[ScoreGroup], scores: list[Tensor]) -> d
     for group, score in zip(groups, scores, strict=True):
         view = group.views[0]
         units = block_sum(masks[view.matrix.name].float(), view.grid) > 0
-        sparsity = 1.0 - int(units.sum()) / units.numel()
-        bits = pattern.select([group], [score], sparsity, "matrix")[0]
-        kept = unpack_bits(bits, group.shape)
+        kept = torch.zeros(group.shape, dtype=torch.bool)
+        if count := int(units.sum()):
+            bits = pattern.select([group], [score], 1.0 - count / units.numel(), "matrix")[0]
+            kept = unpack_bits(bits, group.shape)
         for view in group.views:
             chosen[view.matrix.name] = expand_grid(kept.reshape(view.grid), view.matrix.shape)
     # Patterns of whole heads or neurons leave some masked matrices alone.

@@ -10,11 +10,11 @@ from sparsebert._html import Html, tag
 
 __all__ = ["Level", "Line", "Plot", "Point", "Upright", "ticks"]
 
-WIDTH, HEIGHT = 360, 240
+WIDTH, HEIGHT = 360, 270
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 22, 36
 
 COLOURS = 8
-"""Colours of the style sheet, `s0` and on; markers and dashes go round in other numbers, so that few lines look alike."""
+"""Colours of the style sheet, from `s0`; markers and dashes go round in other numbers, so that few lines look alike."""
 _DASHES = (None, "6 3", "2 2", "8 3 2 3", "4 1 1 1")
 
 
@@ -84,7 +84,8 @@ class Plot:
         """The figure as HTML."""
         points = [point for line in self.lines for point in line.points]
         stands = [value for item in self.uprights for value in (item.x, item.low, item.high)]
-        spread = [value for item in (*points, *self.levels) for value in (item.y, item.low, item.high)]
+        spread = [value for point in points for value in (point.y, point.low, point.high)]
+        spread += [value for level in self.levels for value in (level.y, level.low, level.high)]
         xs = [point.x for point in points] + [value for value in stands if value is not None]
         ys = [value for value in spread if value is not None]
         if self.x_from is not None:
@@ -104,7 +105,7 @@ class Plot:
 
     def _grid(self, across: _Scale, up: _Scale) -> list[Html]:
         parts = []
-        for value, word in ticks(up.low, up.high, 5, self.shares):
+        for value, word in ticks(up.low, up.high, 7, self.shares):
             y = up(value)
             parts.append(tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
             parts.append(tag("text", word, x=LEFT - 5, y=round(y + 4, 1), text_anchor="end"))
@@ -119,7 +120,7 @@ class Plot:
         return parts
 
     def _legend(self) -> Html | None:
-        items = [(line.name, line.style, line.marked) for line in self.lines]
+        items: list[tuple[str, int, bool | None]] = [(line.name, line.style, line.marked) for line in self.lines]
         items += [(level.name, level.style, None) for level in self.levels]
         if not items:
             return None
@@ -202,7 +203,9 @@ def _upright(upright: Upright, across: _Scale) -> Html:
         parts.append(tag("rect", x=first, y=TOP, width=width, height=HEIGHT - BOTTOM - TOP))
     parts.append(tag("line", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM))
     late = x > (LEFT + WIDTH - RIGHT) / 2
-    parts.append(tag("text", upright.name, x=x - 4 if late else x + 4, y=TOP + 9, text_anchor="end" if late else "start"))
+    parts.append(
+        tag("text", upright.name, x=x - 4 if late else x + 4, y=TOP + 9, text_anchor="end" if late else "start")
+    )
     return tag("g", *parts, class_="upright")
 
 

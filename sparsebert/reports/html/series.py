@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sparsebert.reports.runs import RunRecord
 
@@ -20,7 +20,15 @@ _APART = {
     "run": {"sparsity", "data_dir", "teacher", "text", "model", "task", "precision"},
     "settings": {"mask"},
     "trainer": {
-        *("seed", "data_seed", "logging_steps", "logging_first_step", "save_strategy", "save_steps", "save_total_limit"),
+        *(
+            "seed",
+            "data_seed",
+            "logging_steps",
+            "logging_first_step",
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+        ),
         *("eval_steps", "eval_on_start", "report_to", "per_device_eval_batch_size", "eval_accumulation_steps"),
         *("dataloader_num_workers", "load_best_model_at_end", "disable_tqdm", "run_name"),
     },
@@ -135,10 +143,11 @@ def _series(runs: Sequence[RunRecord]) -> list[Series]:
     series = []
     for label, (_, members) in zip(labels, kinds.values(), strict=True):
         groups: dict[float, Group] = {}
-        for run in members:
+        for run in sorted(members, key=lambda run: int(run.result["seed"])):
             target = round(float(run.result["sparsity"].get("target", 0.0)), 4)
-            group = groups.setdefault(target, Group(target, name=f"{label}, {target:.4g}"))
-            group.name = f"{label}, {100 * target:.4g} %" if run.pruned else label
+            group = groups.setdefault(
+                target, Group(target, name=f"{label}, {100 * target:.4g} %" if run.pruned else label)
+            )
             (group.again if run.result["seed"] in group.seeds else group.runs).append(run)
         ordered = [groups[target] for target in sorted(groups)]
         series.append(Series(label, any(run.pruned for run in members), ordered))
@@ -158,8 +167,9 @@ def _signature(run: RunRecord) -> Signature:
         for name in ("allocation", "masked"):
             found.pop(name, None)
         found["pattern"] = "dense"
-    model = result.get("model") if isinstance(result.get("model"), dict) else {}
-    found["model"] = f"{Path(str(model.get('source'))).name} {str(model.get('sha256'))[:8]}"
+    model = result.get("model")
+    source = str(model.get("source")) if isinstance(model, dict) else ""
+    found["model"] = f"{Path(source).name} {run.base[:8]}"
     found["precision"] = str(result.get("precision"))
     found["data"] = json.dumps(result.get("data"), sort_keys=True)
     found["mask"] = _origin(run)
@@ -192,30 +202,16 @@ def _labels(signatures: Sequence[Signature]) -> list[str]:
         shown = [key for key in keys if key != "data"][:_MOST_DIFFERENCES]
         words += [f"{key} {_word(own.get(key))}" for key in shown]
         if len(keys) > len(shown):
-            words.append(f"data {hash_word(own['data'])}" if keys == ["data"] else "…")
-        label = ", ".join(words)
-        labels.append(label if label not in labels else f"{label} ({labels.count(label) + 1})")
-    return _apart(labels)
+            words.append(f"data {_hash_word(own['data'])}" if keys == ["data"] else "…")
+        labels.append(", ".join(words))
+    # Those that are still equal get their number.
+    return [label if labels.index(label) == place else f"{label} ({place + 1})" for place, label in enumerate(labels)]
 
 
-def _apart(labels: list[str]) -> list[str]:
-    """The same labels with numbers where two are still equal."""
-    return [
-        label if labels.index(label) == place else f"{label} ({place + 1})" for place, label in enumerate(labels)
-    ]
-
-
-def hash_word(text: str) -> str:
+def _hash_word(text: str) -> str:
     """A short word for a long text."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def _word(value: str | None) -> str:
     return "-" if value is None else value.strip('"')
-
-
-def flat(value: Any) -> str:
-    """A setting as it is shown."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
