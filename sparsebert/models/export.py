@@ -103,12 +103,7 @@ def export(
     directory = Path(directory).expanduser()
     inputs = _examples(model.base, tokenizer)
     expected = [_run(model, batch) for batch in inputs]
-    removed = ""
-    if compact and info.get("pattern") in ("heads", "neurons"):
-        before = model.base.num_parameters()
-        remove_structure(model.base)
-        if model.base.num_parameters() < before:
-            removed = "; heads and neurons that are wholly pruned are taken out"
+    removed = _compact(model) if compact and info.get("pattern") in ("heads", "neurons") else ""
     made: list[Exported] = []
 
     def write(fresh: Path) -> None:
@@ -127,6 +122,14 @@ def export(
 
     put_folder(directory, write, _WRITTEN)
     return made[0]
+
+
+def _compact(model: TaskModel) -> str:
+    """Takes out what is wholly pruned, and says so if there was any."""
+    before = model.base.num_parameters()
+    remove_structure(model.base)
+    gone = model.base.num_parameters() < before
+    return "; heads and neurons that are wholly pruned are taken out" if gone else ""
 
 
 def check_packages(to: str) -> None:

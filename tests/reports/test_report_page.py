@@ -11,6 +11,8 @@ from reports.finished import finished
 from reports.pages import Page, measure
 
 from sparsebert.reports.html.page import page
+from sparsebert.reports.html.plots import COLOURS
+from sparsebert.reports.html.series import by_task
 from sparsebert.reports.runs import RunRecord, read_run
 
 EVIL = "<script>alert('x')</script>&\"\x00"
@@ -177,7 +179,21 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_folders_of_this_machine_stay_its_own_business(tmp_path: Path) -> None:
-    record = configured(run(tmp_path / "one", 0.7), run={"model": "/home/me/bert", "data_dir": "/home/me/data"})
+    record = configured(run(tmp_path / "one", 0.7), run={"model": "/somewhere/of/mine/bert", "data_dir": "/somewhere/of/mine/data"})
     text = page([record])
     assert "/home/me" not in text and str(tmp_path) not in text
     assert "model: bert" in text and "--data-dir FOLDER" in text
+
+
+def test_colours_differ_within_a_task_and_stay_with_a_method_across_tasks(tmp_path: Path) -> None:
+    names = [f"method{number}" for number in range(COLOURS)]
+    first = [run(tmp_path / "first" / name, 0.7, method=name) for name in names]
+    second = [run(tmp_path / "second" / name, 0.7, method=name, task="rte") for name in names[::-1]]
+    other = [run(tmp_path / "other" / name, 0.7, method=f"{name}b", task="mrpc") for name in names[:3]]
+    mixed = [run(tmp_path / "mixed" / name, 0.7, method=name, task="cola") for name in ("method0", "method0b", "new")]
+    tasks = by_task([*first, *second, *other, *mixed])
+    for task in tasks:
+        colours = [series.style % COLOURS for series in task.series]
+        assert len(set(colours)) == len(colours), task.name
+    styles = [{series.label: series.style for series in task.series} for task in tasks[:2]]
+    assert styles[0] == styles[1]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparsebert.reports.html.plots import COLOURS
 from sparsebert.reports.runs import RunRecord
 
 __all__ = ["Group", "Series", "TaskRuns", "by_task", "spread_of"]
@@ -75,7 +76,7 @@ class Series:
     groups: list[Group]
     """By sparsity, the least first."""
     style: int = 0
-    """Of its lines: the same wherever its label appears."""
+    """Of its lines: the same wherever its label appears, as far as there are colours for it."""
 
 
 @dataclass
@@ -119,10 +120,23 @@ def by_task(runs: Iterable[RunRecord]) -> list[TaskRuns]:
         alike = [key for key in found if key[0] == task]
         own = next(place for place, key in enumerate(alike, 1) if found[key] is members)
         series = _series(members)
-        for one in series:
-            one.style = styles.setdefault(one.label, len(styles))
+        _paint(series, styles)
         tasks.append(TaskRuns(task if len(alike) == 1 else f"{task} ({own})", metric, series, index))
     return tasks
+
+
+def _paint(series: Sequence[Series], styles: dict[str, int]) -> None:
+    """Gives each series its label's style, where that has a colour of its own among these; else the first that has."""
+    taken: set[int] = set()
+    for one in series:
+        known = styles.get(one.label)
+        if known is None or (known % COLOURS in taken and len(taken) < COLOURS):
+            free = [style for style in range(len(styles) + COLOURS + 1) if style % COLOURS not in taken]
+            fresh = [style for style in free if style not in styles.values()]
+            known = (fresh or free or [len(styles)])[0]
+        one.style = known
+        styles.setdefault(one.label, known)
+        taken.add(known % COLOURS)
 
 
 def _examples(run: RunRecord) -> str:
