@@ -99,7 +99,8 @@ def test_every_flag_named_exists(page: Path, help_of: Help) -> None:
 
 @every_page
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for target in re.findall(r"\]\(([^)]+)\)", prose):
         if target.startswith("http"):
             continue
         name, _, anchor = target.partition("#")
@@ -314,9 +315,9 @@ def check_compiled_body(blocks: list[str], folder: Path) -> None:
     source, library = folder / "squared_relu.cpp", folder / "squared_relu.so"
     source.write_text(f"{body}\nSTABLE_TORCH_LIBRARY_FRAGMENT(sparsebert, m) {{\n  {schema}}}\n", encoding="utf-8")
     tools = _build.find_tools()
-    flags = [*(flag for flag in _build.CXX_FLAGS if flag != "-O3"), "-shared", "-I", str(ROOT / "csrc")]
-    torch_folder = Path(str(tools.torch))
-    flags += ["-isystem", str(torch_folder / "include"), "-L", str(torch_folder / "lib"), "-ltorch_cpu"]
+    torch_folder, csrc = Path(str(tools.torch)), _build.source_dir()
+    flags = [*(flag for flag in _build.CXX_FLAGS if flag != "-O3"), "-shared", f"-I{csrc}", f"-I{csrc}/cpu"]
+    flags += ["-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     command = [str(tools.compiler), str(source), "-o", str(library), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

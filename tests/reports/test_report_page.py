@@ -179,7 +179,8 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_folders_of_this_machine_stay_its_own_business(tmp_path: Path) -> None:
-    record = configured(run(tmp_path / "one", 0.7), run={"model": "/somewhere/of/mine/bert", "data_dir": "/somewhere/of/mine/data"})
+    place = "/somewhere/of/mine"
+    record = configured(run(tmp_path / "one", 0.7), run={"model": f"{place}/bert", "data_dir": f"{place}/data"})
     text = page([record])
     assert "/home/me" not in text and str(tmp_path) not in text
     assert "model: bert" in text and "--data-dir FOLDER" in text
