@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, help="run only the first so many of the table's seeds")
     parser.add_argument("--entries", nargs="+", help="run only these rows (and what they stand on)")
     parser.add_argument("--tasks", nargs="+", help="run only these tasks")
+    parser.add_argument("--sparsities", nargs="+", type=float, help="run only these (dense rows are run in any case)")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps: to see that it runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are divided among them [1]")
     parser.add_argument("--data-dir", help="folder with the tasks' data; without it, the hub")
@@ -64,10 +65,16 @@ def _run(argv: Sequence[str]) -> int:
         for word in getattr(given, name) or ():
             if word not in known:
                 raise UserError(f"{name}: table {table.name} has no {word!r} (known: {', '.join(known)})")
+    known_sparsities = {cell.sparsity for cell in cells}
+    for sparsity in given.sparsities or ():
+        if sparsity not in known_sparsities:
+            raise UserError(f"sparsities: table {table.name} has no {sparsity:g}")
     wanted = [
         cell
         for cell in cells
-        if (not given.entries or cell.entry.name in given.entries) and (not given.tasks or cell.task in given.tasks)
+        if (not given.entries or cell.entry.name in given.entries)
+        and (not given.tasks or cell.task in given.tasks)
+        and (not given.sparsities or cell.sparsity in (None, *given.sparsities))
     ]
     needed = {cell.needs for cell in wanted} - set(wanted) - {None}
     output = given.output or Path("runs") / (table.name + ("-quick" if given.quick else ""))
@@ -76,7 +83,12 @@ def _run(argv: Sequence[str]) -> int:
     results = run_cells(table, chosen, output, values, jobs=given.jobs, quick=given.quick)
     command = f"python -m sparsebert.reproduce {table.name}" + "".join(
         f" --{name} {shlex.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in (("seeds", given.seeds), ("entries", given.entries), ("tasks", given.tasks))
+        for name, value in (
+            ("seeds", given.seeds),
+            ("entries", given.entries),
+            ("tasks", given.tasks),
+            ("sparsities", given.sparsities),
+        )
         if value
     )
     text = markdown(table, results, command + (" --quick" if given.quick else ""))

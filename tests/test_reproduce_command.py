@@ -75,6 +75,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
         (["--jobs", "0"], "jobs"),
         (["--entries", "nothing"], "'nothing'"),
         (["--tasks", "rte"], "'rte'"),
+        (["--sparsities", "0.7"], "has no 0.7"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(
