@@ -111,11 +111,20 @@ def records(results: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "entry": cell.entry.name,
             "sparsity": cell.sparsity,
             "variant": cell.variant,
-            **{key: result[key] for key in _KEPT if key in result},
+            **{key: _without_places(result[key]) for key in _KEPT if key in result},
             "realised": result["sparsity"]["masked"],
-            "data": result["data"],
+            "data": _without_places(result["data"]),
             "versions": result["versions"],
             "hardware": result["hardware"],
         }
         for cell, result in results.items()
     ]
+
+
+def _without_places(value: Any) -> Any:
+    """A path on this machine says nothing to others: its last part stays."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    return value.rpartition("/")[2] if isinstance(value, str) and value.startswith("/") else value

@@ -96,7 +96,10 @@ def test_means_and_spreads_are_over_seeds(tmp_path: Path) -> None:
     assert "search" not in text
     assert "| found | 50% | 70.1 |" in text
     assert "`the command`" in text and "seeds 42, 43" in text and "bert-tiny" in text
+    first = next(iter(results.values()))
+    first["phases"] = [{"mask": {"run": "/some/where/search-rte"}}]
     assert len(records(results)) == len(results)
+    assert records(results)[0]["phases"] == [{"mask": {"run": "search-rte"}}]
 
 
 def test_a_row_that_is_not_whole_has_no_mean(tmp_path: Path) -> None:
