@@ -30,8 +30,11 @@ def test_step_time(bench: Any, full: bool, shape: str, batch: int, seq: int, dty
 
     steps = {kind: make_step(kind, shape, batch, seq, dtype) for kind in KINDS}
     # Same seed, same models: what the losses fall by in a step must agree, the constant apart.
-    falls = {kind: float(steps[kind]() - steps[kind]()) for kind in ("distill", "eager")}
-    assert abs(falls["distill"] - falls["eager"]) <= 0.05 * abs(falls["eager"]) + 1e-3, falls
+    losses = {kind: [float(steps[kind]()), float(steps[kind]())] for kind in ("distill", "eager")}
+    falls = {kind: first - second for kind, (first, second) in losses.items()}
+    # Maps and logits in bf16 leave the loss known to some 2^-9 of it.
+    known = 1e-3 if dtype == torch.float32 else 2**-9 * losses["eager"][0]
+    assert abs(falls["distill"] - falls["eager"]) <= 0.05 * abs(falls["eager"]) + known, losses
     if dtype != torch.float32:
         # What the released codes do, whatever the hardware offers.
         steps["eager fp32"] = make_step("eager", shape, batch, seq, torch.float32)
