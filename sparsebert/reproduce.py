@@ -91,6 +91,8 @@ def _run(argv: Sequence[str]) -> int:
         )
         if value
     )
+    command += " --data-dir DIR" if given.data_dir else ""
+    command += " --text " + " ".join(Path(path).name for path in given.text) if given.text else ""
     text = markdown(table, results, command + (" --quick" if given.quick else ""))
     write_text(output / f"{table.name}.md", text)
     if given.record:

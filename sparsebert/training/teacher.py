@@ -171,11 +171,13 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".lock"), "a", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        lock = open(folder.with_suffix(".lock"), "a", encoding="utf-8")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"teacher: cannot write to {folder.parent} ({error}); set SPARSEBERT_CACHE") from error
+    # Outside of the try: what goes wrong in the training is no matter of this folder.
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _check_fit(model: TaskModel, student: TaskModel, its: Any, mine: Any, name: str) -> None:

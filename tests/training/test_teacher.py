@@ -121,3 +121,12 @@ def test_another_vocabulary_is_refused_by_name(
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     (other / "tokenizer.json").write_text(text.replace('"plot"', '"yarn"'), encoding="utf-8")
     assert "its vocabulary of" in refused(shop, capsys, "--teacher-model", str(other))
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(
+    shop: tiny.Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path / "file"))
+    assert main(shop.command("kd", *SHORT)) == 2
+    assert "set SPARSEBERT_CACHE" in capsys.readouterr().err
