@@ -1,8 +1,8 @@
 """One op, several bodies: where each is registered and which of them a call gets.
 
 An op `X` lives under one name in up to three `torch.ops` namespaces with the same schema: `sparsebert::X` is the
-compiled one (its CPU and CUDA kernels are told apart by torch's dispatcher), `sparsebert_triton::X` the Triton one and
-`sparsebert_reference::X` the plain-torch definition. Each carries its own fake and autograd formulas, so
+compiled one (its CPU and CUDA kernels are told apart by torch's dispatcher), `sparsebert_triton::X` the Triton one (the
+function `X` of kernels/X.py) and `sparsebert_reference::X` the plain-torch definition. Each carries its own fake and autograd formulas, so
 `torch.compile` sees one opaque node whichever is picked.
 
 `SPARSEBERT_BACKEND` set to `cuda`, `triton`, `cpu` or `reference` forces one; a forced one that cannot serve a call is
@@ -12,6 +12,7 @@ an error, never a silent fallback.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ REFERENCE = "sparsebert_reference"
 
 # Kept alive for the life of the process: torch drops a registration when its Library object dies.
 _reference_library = torch.library.Library(REFERENCE, "DEF")
+_triton_library = torch.library.Library(_NAMESPACE["triton"], "DEF")
 
 
 def forced_backend() -> str | None:
@@ -72,8 +74,8 @@ class Op:
         self._described: set[str] = set()
         self._picked: dict[tuple[str, bool, str | None], OpOverload] = {}
         self._eager: dict[OpOverload, Callable[..., Any]] = {}
-        schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
-        _reference_library.define(name + schema)
+        self._schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
+        _reference_library.define(name + self._schema)
         _reference_library.impl(name, reference, "CompositeExplicitAutograd")
         OPS[name] = self
 
@@ -115,7 +117,7 @@ class Op:
         if self.composed:
             return "made of other ops; has the one body"
         if backend == "triton":
-            reason = _triton_missing(self.name)
+            reason = _triton_missing(self.name, self._schema)
         else:
             from sparsebert import _load
 
@@ -125,7 +127,8 @@ class Op:
         qualified = f"{_NAMESPACE[backend]}::{self.name}"
         if not hasattr(getattr(torch.ops, _NAMESPACE[backend]), self.name):
             return "the compiled library does not define this op"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEY[backend]):
+        key = "CPU" if backend == "triton" and _interpreted() else _DISPATCH_KEY[backend]
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
             return f"no {backend} kernel for this op"
         return None
 
@@ -133,6 +136,8 @@ class Op:
         if forced == "reference" or self.composed:
             return self._overload(REFERENCE)
         candidates = _ORDER.get(device_type, ())
+        if forced == "triton" and device_type == "cpu" and _interpreted():
+            candidates = ("triton",)
         if forced is not None:
             if forced not in candidates:
                 raise UserError(
@@ -214,15 +219,21 @@ def _namespace(name: str, device_type: str, supported: bool) -> str:
     return OPS[name].choose(device_type, supported).namespace
 
 
-def _triton_missing(name: str) -> str | None:
-    """Why there is no Triton kernel for op `name` here, or None."""
-    import importlib.util
+def _interpreted() -> bool:
+    """Whether Triton's kernels are to run in its interpreter, on the CPU's tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on", "yes", "y")
 
+
+def _triton_missing(name: str, schema: str) -> str | None:
+    """Why there is no Triton kernel for op `name` here, or None; defines the op where there is one."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not _interpreted():
         return "torch sees no CUDA device"
     if importlib.util.find_spec(f"sparsebert.kernels.{name}") is None:
         return "no triton kernel for this op"
-    importlib.import_module(f"sparsebert.kernels.{name}")
+    body = getattr(importlib.import_module(f"sparsebert.kernels.{name}"), name)
+    if not hasattr(getattr(torch.ops, _NAMESPACE["triton"]), name):
+        _triton_library.define(name + schema)
+        _triton_library.impl(name, body, "CPU" if _interpreted() else "CUDA")
     return None
