@@ -194,9 +194,9 @@ def test_schemas_are_the_references_own() -> None:
         text = re.sub(r"^\w+::", "", str(schema)).replace("SymInt", "int")
         return re.sub(r"\(\w+!\)", "(!)", text)
 
-    for name, op in OPS.items():
-        if op.composed:
-            continue
+    compiled_names = set(re.findall(r'"(\w+)\(', (CSRC / "ops.cpp").read_text()))
+    assert compiled_names <= set(OPS)
+    for name in sorted(compiled_names):
         compiled = getattr(torch.ops.sparsebert, name).default._schema
         assert plain(compiled) == plain(getattr(torch.ops.sparsebert_reference, name).default._schema)
 
