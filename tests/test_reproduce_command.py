@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,16 @@ def test_what_cannot_be_run_is_refused_by_name(
 ) -> None:
     assert main(words if words == ["none"] else [str(table), *words]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_two_grids_never_share_a_folder(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([str(table), "--output", str(out)]) == 2
+    assert "a grid is running there" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_the_repositorys_tables_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import os
 import signal
@@ -229,8 +230,22 @@ def run_cells(
 
     Every cell is a run of `python -m sparsebert.train` in a folder of its own under `output`. A cell whose run began
     is gone on with. A failed one is reported, the others run on. After Ctrl-C the runs under way save and stop.
+
+    Raises:
+        UserError: another grid is running in this folder.
     """
     output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"output {output}: a grid is running there; wait for it, or name another folder") from error
+        return _run_cells(table, cells, output, given, jobs, quick)
+
+
+def _run_cells(
+    table: Table, cells: Sequence[Cell], output: Path, given: Mapping[str, Any], jobs: int, quick: bool
+) -> dict[Cell, dict[str, Any]]:
     waiting = [cell for cell in cells if not _done(output, cell)]
     print(f"{table.name}: {len(cells)} runs, {len(cells) - len(waiting)} of them done before", flush=True)
     failed: set[str] = set()
