@@ -32,7 +32,7 @@ def compiled(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     for name in names:
         for specimen in importlib.import_module(f"sparsebert.kernels.{name}").specimens():
             for architecture in ARCHITECTURES:
-                if architecture >= specimen.least:
+                if specimen.least <= architecture <= specimen.most:
                     yield {"op": name, "kernel": specimen.label, **_compile(specimen, architecture)}
 
 
@@ -43,11 +43,14 @@ def _compile(specimen: Any, architecture: int) -> dict[str, Any]:
 
     signature = {**specimen.signature, **dict.fromkeys(specimen.constants, "constexpr")}
     order = specimen.kernel.arg_names
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(order)
-        if signature[name].startswith("*") or name in specimen.divisible_by_16
-    }
+    aligned = {}
+    for i, name in enumerate(order):
+        # A tuple's members have places of their own.
+        kinds = signature[name] if isinstance(signature[name], tuple) else (signature[name],)
+        places = [(i, j) for j in range(len(kinds))] if isinstance(signature[name], tuple) else [(i,)]
+        for place, kind in zip(places, kinds, strict=True):
+            if kind.startswith("*") or name in specimen.divisible_by_16:
+                aligned[place] = [["tt.divisibility", 16]]
     source = ASTSource(
         specimen.kernel,
         signature={name: signature[name] for name in order},

@@ -24,15 +24,17 @@ KINDS = ("distill", "eager", "finetune")
 TEMPERATURE = 2.0
 
 
-def make_step(kind: str, shape: str, batch: int, seq: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def make_step(
+    kind: str, shape: str, batch: int, seq: int, dtype: torch.dtype, device: str = "cpu", attention: str = "eager"
+) -> Callable[[], Tensor]:
     """A function that takes one step, forward to optimiser, on random tokens `[batch, seq]` and returns the loss.
 
     Teacher and student have the same shape; sequences hold from half of to all `seq` tokens.
     """
     torch.manual_seed(0)
-    models = [_model(shape) for _ in range(1 if kind == "finetune" else 2)]
+    models = [_model(shape, attention).to(device) for _ in range(1 if kind == "finetune" else 2)]
     student, teacher = models[0], models[-1]
-    inputs = _inputs(batch, seq)
+    inputs = {name: tensor.to(device) for name, tensor in _inputs(batch, seq).items()}
     layers = range(1, SHAPES[shape]["num_hidden_layers"] + 1)
     pairs = [(layer, layer) for layer in layers]
     objective: Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -47,7 +49,7 @@ def make_step(kind: str, shape: str, batch: int, seq: int, dtype: torch.dtype) -
     student.train()
 
     def step() -> Tensor:
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             loss = objective(inputs)["loss"]
         loss.backward()
         optimizer.step()
@@ -57,11 +59,11 @@ def make_step(kind: str, shape: str, batch: int, seq: int, dtype: torch.dtype) -
     return step
 
 
-def _model(shape: str) -> TaskModel:
+def _model(shape: str, attention: str) -> TaskModel:
     # Without dropout both kinds compute the same numbers, which the benchmark checks first.
     base = BertModel(
         BertConfig(
-            **SHAPES[shape], attn_implementation="eager", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            **SHAPES[shape], attn_implementation=attention, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
     )
     model = TaskModel(base, "classification", 3, head="linear", seed=0)

@@ -27,6 +27,7 @@ KINDS = ("adapt_prune", "dense", "dense, no dropout", "eager")
 SHAPES: dict[str, dict[str, int]] = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
 }
 
 
@@ -58,13 +59,16 @@ class _EagerMaskedLinear(nn.Module):
         return F.linear(x, self.weight * _TopK.apply(self.scores, 0.5), self.bias)
 
 
-def make_step(kind: str, shape: str, batch: int, seq: int, dtype: torch.dtype) -> Callable[[], None]:
+def make_step(
+    kind: str, shape: str, batch: int, seq: int, dtype: torch.dtype, device: str = "cpu", attention: str = "eager"
+) -> Callable[[], None]:
     """A function that takes one optimiser step of `kind` on random tokens `[batch, seq]`, forward to optimiser."""
     torch.manual_seed(0)
-    base = BertModel(BertConfig(**SHAPES[shape], attn_implementation="eager"), add_pooling_layer=False)
-    model = TaskModel(base, "classification", 2, seed=0)
-    tokens = torch.randint(1000, 30000, (batch, seq))
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.arange(batch) % 2}
+    base = BertModel(BertConfig(**SHAPES[shape], attn_implementation=attention), add_pooling_layer=False)
+    model = TaskModel(base, "classification", 2, seed=0).to(device)
+    tokens = torch.randint(1000, 30000, (batch, seq), device=device)
+    labels = torch.arange(batch, device=device) % 2
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     makers = {"adapt_prune": _adapt_prune, "dense": _dense, "dense, no dropout": _no_dropout, "eager": _eager}
     module, groups, before, after = makers[kind](model, dtype)
     optimizer = torch.optim.AdamW(groups, lr=1e-5, weight_decay=0.0, fused=True)
@@ -74,7 +78,7 @@ def make_step(kind: str, shape: str, batch: int, seq: int, dtype: torch.dtype) -
     def step() -> None:
         nonlocal taken
         taken += 1
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             loss = module(**inputs)["loss"]
         loss.backward()
         before(taken)

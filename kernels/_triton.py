@@ -27,6 +27,23 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def _mend_the_interpreter() -> None:
+    """Let Triton 3.6's interpreter take a number known at run time for a loop's bound beside numpy >= 2.4."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        # Triton holds a scalar as an array of one entry, which numpy no longer turns into an int by itself.
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if interpreted():
+    _mend_the_interpreter()
+
 INTERPRETED = tl.constexpr(interpreted())
 
 _TYPES = {
@@ -53,8 +70,8 @@ class Specimen:
     """What tells it from the others of its op: dtypes, tile sizes."""
     kernel: Any
     """The function under `@triton.jit`."""
-    signature: Mapping[str, str]
-    """Name of every argument that is no constant, in order, to its type: "*bf16", "i32", "fp32"."""
+    signature: Mapping[str, str | tuple[str, ...]]
+    """Name of every argument that is no constant, in order, to its type: "*bf16", "i32", "fp32"; a tuple's to theirs."""
     constants: Mapping[str, Any]
     """Name of every `tl.constexpr` argument to its value."""
     warps: int = 4
@@ -63,6 +80,8 @@ class Specimen:
     """The oldest architecture it is launched on (80, 90 or 100)."""
     divisible_by_16: tuple[str, ...] = field(default=())
     """Arguments that are always multiples of 16 (pointers are taken to be): lets loads be wide."""
+    most: int = 100
+    """The newest architecture it is launched on."""
 
 
 @triton.jit

@@ -60,6 +60,7 @@ class TrainingModule(nn.Module):
 
     memory: Tensor
     accepts_loss_kwargs = False  # Trainer would otherwise pass `num_items_in_batch`
+    _ddp_params_and_buffers_to_ignore = ("memory",)  # every rank writes its own, the same, on the CPU
     objective: Objective | None
     """What a phase trains on in place of the task's loss: takes the batch by name, returns at least `loss`. Not asked
     in eval mode, where the model is scored as it will be used."""
@@ -73,6 +74,16 @@ class TrainingModule(nn.Module):
         self.extra = nn.ModuleDict()
         # What a method must remember between steps lives in a tensor, so that every checkpoint holds it.
         self.register_buffer("memory", torch.zeros(8, dtype=torch.float64))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TrainingModule:
+        """`.to(...)` and the like; the memory stays where and what it is.
+
+        Methods read it in every step, for which a GPU would have to be waited for, and objectives hold the tensor.
+        """
+        memory = self.memory
+        super()._apply(fn, recurse)
+        self.memory = memory
+        return self
 
     def forward(
         self,

@@ -6,11 +6,15 @@ from sparsebert.ops.add_layer_norm import add_layer_norm
 from sparsebert.ops.attention_kl import attention_kl
 from sparsebert.ops.attention_mse import attention_mse
 from sparsebert.ops.bits import pack_bits, unpack_bits
+from sparsebert.ops.block_lists import BlockLists
+from sparsebert.ops.block_sparse_attention import block_sparse_attention
+from sparsebert.ops.block_sparse_ffn import block_sparse_ffn
 from sparsebert.ops.block_sparse_linear import block_sparse_linear
 from sparsebert.ops.block_sparse_sddmm import block_sparse_sddmm
 from sparsebert.ops.dense_linear import dense_linear
 from sparsebert.ops.hidden_cosine import hidden_cosine
 from sparsebert.ops.hidden_mse import hidden_mse
+from sparsebert.ops.linear_soft_cross_entropy import linear_soft_cross_entropy
 from sparsebert.ops.masked_embedding import masked_embedding
 from sparsebert.ops.masked_linear import masked_linear
 from sparsebert.ops.masked_weight import masked_weight
@@ -24,14 +28,18 @@ from sparsebert.ops.unstructured_sddmm import unstructured_sddmm
 from sparsebert.ops.varlen_attention import varlen_attention
 
 __all__ = [
+    "BlockLists",
     "add_layer_norm",
     "attention_kl",
     "attention_mse",
+    "block_sparse_attention",
+    "block_sparse_ffn",
     "block_sparse_linear",
     "block_sparse_sddmm",
     "dense_linear",
     "hidden_cosine",
     "hidden_mse",
+    "linear_soft_cross_entropy",
     "masked_embedding",
     "masked_linear",
     "masked_weight",

@@ -12,10 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LOSS_DTYPES", "check_mask", "check_pair", "kept_entries", "scaled", "wants_gradient", "wide_dtype"]
+from sparsebert.ops._backend import forced_backend
+
+__all__ = [
+    "LOSS_DTYPES",
+    "check_mask",
+    "check_pair",
+    "keep_gradients",
+    "kept_entries",
+    "scaled",
+    "served",
+    "wants_gradient",
+    "wide_dtype",
+]
 
 LOSS_DTYPES = (torch.float32, torch.bfloat16)
-"""What the compiled bodies take; other dtypes go to the reference."""
+"""What the compiled bodies of the CPU take; other dtypes go to the reference."""
+
+
+# Under torch.compile the backend is a fact of the process, not part of the graph.
+@torch.compiler.assume_constant_result
+def _takes_float16(device_type: str) -> bool:
+    return device_type == "cuda" or forced_backend() == "triton"
+
+
+def served(*tensors: Tensor) -> bool:
+    """Whether the bodies for where these are take their dtypes: Triton's take float16 beside `LOSS_DTYPES`."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if torch.float16 in dtypes and _takes_float16(tensors[0].device.type):
+        dtypes.remove(torch.float16)
+    return dtypes <= set(LOSS_DTYPES)
 
 
 def check_pair(names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
@@ -59,7 +85,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 def kept_entries(mask: Tensor | None, total: int, wide: torch.dtype, device: torch.device) -> Tensor:
     """How many entries count, as a number to divide by: at least 1."""
     if mask is None:
-        return torch.tensor(float(max(total, 1)), dtype=wide, device=device)
+        return torch.full((), float(max(total, 1)), dtype=wide, device=device)
     return mask.sum(dtype=wide).clamp(min=1)
 
 

@@ -9,16 +9,19 @@ from torch import Tensor
 
 from sparsebert.ops._backend import Op
 from sparsebert.ops._losses import (
-    LOSS_DTYPES,
     check_mask,
     keep_gradients,
     scaled,
+    served,
     wants_gradient,
     wide_dtype,
 )
 from sparsebert.ops.masked_linear import full_precision
 
 __all__ = ["attention_kl", "attention_kl_reference"]
+
+WIDEST = 256
+"""Of a head on a GPU, whose registers hold a row of it; wider ones go to the reference."""
 
 
 def attention_kl(
@@ -143,7 +146,7 @@ def ready(
     scale: float | None,
 ) -> tuple[tuple[Any, ...], bool]:
     """`(the op's arguments up to the scales, whether the compiled body takes them)`."""
-    supported = student_q.dtype in LOSS_DTYPES and teacher_q.dtype in LOSS_DTYPES
+    supported = served_maps(student_q, teacher_q)
     if supported:
         student_q, student_k, teacher_q, teacher_k = (
             without_gaps(x) for x in (student_q, student_k, teacher_q, teacher_k)
@@ -151,6 +154,12 @@ def ready(
         token_mask = None if token_mask is None else token_mask.contiguous()
     scales = [float(scale) if scale is not None else x.shape[-1] ** -0.5 for x in (student_q, teacher_q)]
     return (student_q, student_k, teacher_q.detach(), teacher_k.detach(), token_mask, *scales), supported
+
+
+def served_maps(student: Tensor, teacher: Tensor) -> bool:
+    """Whether the bodies for where these are take their dtypes and widths."""
+    narrow = student.device.type == "cpu" or max(student.shape[-1], teacher.shape[-1]) <= WIDEST
+    return narrow and served(student, teacher)
 
 
 def without_gaps(x: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sparsebert.ops import _linear
-from sparsebert.ops._backend import OPS, Op
+from sparsebert.ops._backend import OPS, Op, forced_backend
 from sparsebert.ops.masked_linear import full_precision
 
-__all__ = ["block_sparse_linear", "block_sparse_linear_reference"]
+__all__ = ["block_sparse_input_grad_reference", "block_sparse_linear", "block_sparse_linear_reference"]
 
 
 def block_sparse_linear(
@@ -87,6 +87,17 @@ def block_sparse_linear_reference(
     return _linear.linear_reference(x, grid.transpose(1, 2).reshape(n, k), bias, activation)
 
 
+def block_sparse_input_grad_reference(
+    grad: Tensor, values: Tensor, permutation: Tensor, columns: Tensor, row_starts: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """dX = dY · W for dY `[..., N]` and a weight of `shape` (N, K) whose W^T has the structure given: `[..., K]`.
+
+    The layer over W^T, from the blocks as they are stored for W.
+    """
+    turned = values[permutation].transpose(1, 2)
+    return block_sparse_linear_reference(grad, turned, columns, row_starts, None, shape[::-1], "none", [])
+
+
 def block_rows(columns: Tensor, row_starts: Tensor) -> Tensor:
     """The block row of every stored block, int64 `[B]`."""
     lengths = row_starts.long().diff()
@@ -142,6 +153,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.shape, ctx.block, ctx.transposed = list(shape), list(values.shape[1:]), len(transposed)
 
 
+def _grad_x(grad: Tensor, values: Tensor, transposed: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """dX = dY · W, by a kernel that reads the blocks where they lie or else by the layer over a copy of W^T."""
+    permutation, *index = transposed
+    if grad.device.type == "cuda" or forced_backend() == "triton":
+        body = _input_grad_op.pick(grad.device, _linear.is_supported(grad.dtype))
+        return body(grad.contiguous(), values.contiguous(), permutation, *index, list(shape))
+    turned = values[permutation].transpose(1, 2).contiguous()
+    return block_sparse_linear(grad, turned, *index, shape=shape[::-1])
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, columns, row_starts, *transposed = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
@@ -149,9 +170,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = grad_values = None
     with full_precision(grad.device.type):
         if need_x:
-            permutation, *index = transposed
-            turned = values[permutation].transpose(1, 2).contiguous()
-            grad_x = block_sparse_linear(grad, turned, *index, shape=(k, n))
+            grad_x = _grad_x(grad, values, transposed, (n, k))
         if need_values:
             # Looked up, not imported: that op's file imports this one.
             sddmm = OPS["block_sparse_sddmm"].pick(grad.device, _linear.is_supported(grad.dtype))
@@ -160,4 +179,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_values, None, None, grad_bias, None, None, _linear.no_grads(ctx, 7, ctx.transposed)
 
 
+def _fake_input_grad(
+    grad: Tensor, values: Any, permutation: Any, columns: Any, row_starts: Any, shape: Sequence[int]
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
 _op = Op("block_sparse_linear", block_sparse_linear_reference, _fake, backward=_backward, setup_context=_setup_context)
+_input_grad_op = Op("block_sparse_input_grad", block_sparse_input_grad_reference, _fake_input_grad)

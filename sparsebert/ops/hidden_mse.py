@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsebert.ops._backend import Op
 from sparsebert.ops._losses import (
-    LOSS_DTYPES,
     check_mask,
     check_pair,
     keep_gradients,
     kept_entries,
     scaled,
+    served,
     wants_gradient,
     wide_dtype,
 )
@@ -24,7 +25,10 @@ __all__ = ["hidden_mse", "hidden_mse_reference"]
 
 
 def hidden_mse(
-    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], token_mask: Tensor | None = None
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    token_mask: Tensor | None = None,
+    projection: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Sum over layers, tokens and width of the squared difference, over layers · tokens · width.
 
@@ -34,9 +38,11 @@ def hidden_mse(
     Args:
         student: the mapped layers' states, `[batch, seq, width]` each, or stacked `[layers, batch, seq, width]`; any
             float dtype; the gradient flows here only.
-        teacher: as many, of the same shape; treated as constant. A student of another width is projected before.
+        teacher: as many, of the same shape; treated as constant. Of another width with `projection` alone.
         token_mask: `[batch, seq]` bool, True where there is a token; None means everywhere. With no token at all the
             loss is 0. Whatever stands at a padded place, a NaN too, does not count and gets a zero gradient.
+        projection: `[teacher's width, student's width]`, for all layers or one for each: the student's states times its
+            transpose are compared, in the wider dtype of the two. It gets a gradient.
 
     Returns:
         Scalar float32 (float64 if the states are).
@@ -45,7 +51,36 @@ def hidden_mse(
         ValueError: layers, shapes, dtypes or devices that do not fit, named.
         TypeError: states that are not floats.
     """
+    if projection is not None:
+        student = _projected(student, projection, token_mask)
     return run_hidden(_op, student, teacher, token_mask)
+
+
+def _projected(
+    student: Tensor | Sequence[Tensor], projection: Tensor | Sequence[Tensor], token_mask: Tensor | None
+) -> Tensor | list[Tensor]:
+    """The student's layers in the teacher's width; padded places are zeros, which any padding's gradient is too."""
+    layers = _as_list("student", student)
+    weights = [projection] * len(layers) if isinstance(projection, Tensor) else list(projection)
+    if len(weights) != len(layers):
+        raise ValueError(f"projection: expected one for all layers or {len(layers)}, got {len(weights)}")
+    made = []
+    for i, (state, weight) in enumerate(zip(layers, weights, strict=True)):
+        name = "projection" if isinstance(projection, Tensor) else f"projection[{i}]"
+        if not weight.is_floating_point() or not state.is_floating_point():
+            raise TypeError(f"{name}: expected floats as student[{i}], got {weight.dtype} and {state.dtype}")
+        if weight.dim() != 2 or weight.shape[1] != state.shape[-1]:
+            raise ValueError(f"{name}: expected [teacher's width, {state.shape[-1]}], got {list(weight.shape)}")
+        if weight.device != state.device:
+            raise ValueError(f"{name}: expected on {state.device} like student[{i}], got {weight.device}")
+        check_mask("token_mask", token_mask, state.shape[-3:-1], state.device)
+        wide = torch.promote_types(state.dtype, weight.dtype)
+        if token_mask is not None:
+            # A NaN at a padded place must not reach the projection's gradient: its own is 0, and 0 times NaN is NaN.
+            state = state.masked_fill(~token_mask.unsqueeze(-1), 0.0)
+        with torch.autocast(state.device.type, enabled=False):
+            made.append(F.linear(state.to(wide), weight.to(wide)))
+    return made[0] if isinstance(student, Tensor) else made
 
 
 def hidden_mse_reference(
@@ -90,7 +125,7 @@ def run_hidden(
         if t.dtype != teacher[0].dtype:
             raise ValueError(f"teacher[{i}]: expected {teacher[0].dtype} like teacher[0], got {t.dtype}")
     check_mask("token_mask", token_mask, first.shape[-3:-1], first.device)
-    supported = first.dtype in LOSS_DTYPES and teacher[0].dtype in LOSS_DTYPES
+    supported = served(first, teacher[0])
     if supported:
         student, teacher = [s.contiguous() for s in student], [t.contiguous() for t in teacher]
         token_mask = None if token_mask is None else token_mask.contiguous()

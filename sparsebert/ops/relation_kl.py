@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from sparsebert.ops._backend import Op
-from sparsebert.ops._losses import LOSS_DTYPES, check_mask, wants_gradient, wide_dtype
+from sparsebert.ops._losses import check_mask, wants_gradient, wide_dtype
 from sparsebert.ops.attention_kl import (
     attention_kl_reference,
     backward_maps,
     fake_gradient,
     heads_last,
+    served_maps,
     setup_maps,
     without_gaps,
 )
@@ -68,7 +69,7 @@ def relation_kl(
     if teacher.device != student.device:
         raise ValueError(f"teacher: expected on {student.device} like student, got {teacher.device}")
     check_mask("token_mask", token_mask, (student.shape[0], student.shape[2]), student.device)
-    supported = student.dtype in LOSS_DTYPES and teacher.dtype in LOSS_DTYPES
+    supported = served_maps(student, teacher)
     if supported:
         student, teacher = without_gaps(student), without_gaps(teacher)
         token_mask = None if token_mask is None else token_mask.contiguous()

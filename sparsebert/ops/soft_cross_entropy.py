@@ -9,12 +9,12 @@ from torch import Tensor
 
 from sparsebert.ops._backend import Op
 from sparsebert.ops._losses import (
-    LOSS_DTYPES,
     check_mask,
     check_pair,
     keep_gradients,
     kept_entries,
     scaled,
+    served,
     wants_gradient,
     wide_dtype,
 )
@@ -52,7 +52,7 @@ def soft_cross_entropy(
     check_mask("mask", mask, student_logits.shape[:-1], student_logits.device)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    supported = student_logits.dtype in LOSS_DTYPES and teacher_logits.dtype in LOSS_DTYPES
+    supported = served(student_logits, teacher_logits)
     if supported:
         student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
         mask = None if mask is None else mask.contiguous()

@@ -1,0 +1,153 @@
+"""`python -m benchmarks.gpu`: every part is rehearsed without a GPU; what is red, skipped or left out is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # benchmarks/ is part of the repository, not of the package
+
+from benchmarks.gpu import rows  # noqa: E402
+from benchmarks.gpu.rows import Target  # noqa: E402
+from benchmarks.gpu.worker import PARTS  # noqa: E402
+
+# What torch has for GPUs alone.
+GPU_ONLY = (
+    "flash",
+    "cuDNN",
+    "efficient",
+    "torch 2:4",
+    "cuSPARSELt, searched",
+    "torch BSR",
+    "FlexAttention",
+    "cuBLASLt",
+)
+
+
+def command(*words: str, seconds: float = 1800.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    full = [sys.executable, "-m", "benchmarks.gpu", *words]
+    there = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(full, cwd=ROOT, env=there, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """All parts at once: most of a part's rehearsal is imports."""
+    out = tmp_path_factory.mktemp("results")
+    done = command("--part", "all", "--rehearse", "--out", str(out))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    yield out
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_cell_of_a_part_runs(rehearsal: Path, part: str) -> None:
+    record: dict[str, Any] = json.loads((rehearsal / f"{part}.json").read_text(encoding="utf-8"))
+    assert record["rows"], "no cell"
+    for row in record["rows"]:
+        assert row["kind"] != "red", row
+        if row["kind"] == "skipped":
+            assert any(word in row["why"] for word in ("no such op", "sanitizer", "no such format", "datasets")), row
+        for name, why in row.get("left out", {}).items():
+            assert name in GPU_ONLY, f"{row['cell']}: {name} did not run: {why}"
+    text = (rehearsal / f"{part}.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# {part}\n")
+    assert "rehearsal" in text
+    # A table's lines have as many cells as its head.
+    widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("| ")}
+    assert widths <= {4, 5, 11}, widths
+
+
+def test_every_goal_has_a_cell(rehearsal: Path) -> None:
+    goals = {
+        target["goal"]
+        for part in PARTS
+        for row in json.loads((rehearsal / f"{part}.json").read_text(encoding="utf-8"))["rows"]
+        for target in row.get("targets", ())
+    }
+    from benchmarks.gpu import kernels
+    from benchmarks.gpu.bench import Bench
+
+    bench = Bench(torch.device("cpu"), lambda row: None)
+    goals |= {target.goal for cell in kernels.cells(bench) for target in cell.settings.get("targets", ())}
+    # Their cells make the targets as they go, by what they have measured or for the shape that they are at.
+    made = {"G1", "G2", "G3", "G10"}
+    from sparsebert.ops._backend import OPS
+
+    if "linear_soft_cross_entropy" not in OPS:
+        made.add("G22")
+    assert goals | made >= {f"G{number}" for number in range(1, 31)}, sorted(goals)
+
+
+def test_a_rehearsal_leaves_nothing_among_the_results(rehearsal: Path) -> None:
+    assert not (ROOT / "benchmarks" / "results" / "rehearsal").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = command("--part", "measure")
+    assert done.returncode == 2
+    assert "sees no CUDA device; --rehearse" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--part", "nothing"), ("--part", "model", "--runs", "/no/such"), ()])
+def test_what_is_asked_wrongly_is_named(words: tuple[str, ...]) -> None:
+    done = command(*words)
+    assert done.returncode == 2
+    assert "error" in done.stderr
+
+
+def row(**found: Any) -> rows.Row:
+    times = {
+        "sparsebert": {"median": 2.0, "low": 1.5, "high": 3.0, "rounds": 31},
+        "a": {"median": 3.0, "low": 3.0, "high": 3.0, "rounds": 31},
+        "b": {"median": 5.0, "low": 5.0, "high": 5.0, "rounds": 31},
+    }
+    base = {"kind": "speed", "cell": "c", "case": {"M": 4}, "timed": "cold, gpu", "times": times, "limit ms": 1.0}
+    return {**base, "subject": "sparsebert", "facts": {"memory": 0.4}, "targets": [], **found}
+
+
+@pytest.mark.parametrize(
+    ("target", "got", "met"),
+    [
+        (Target("G5", "faster", 1.5), 1.5, True),
+        (Target("G5", "faster", 2.0, ("b",)), 2.5, True),
+        (Target("G5", "faster", {"H100": 1.0, "H200": 1.6}), 1.5, False),
+        (Target("G1", "slower", 0.7), 0.6667, True),
+        (Target("G1", "slower", 0.3, ("b",)), 0.4, False),
+        (Target("G20", "limit", 0.8), 0.5, False),
+        (Target("G24", "value", 0.5, key="memory"), 0.4, True),
+        (Target("G22", "rate", 0.5, key="memory"), 0.4, False),
+        (Target("G22", "rate", 0.5, key="absent"), None, None),
+        (Target("G9", "faster", 1.0, ("absent",)), None, None),
+        (Target("G26", "faster", 1.2, ("b",), ours="a"), 1.6667, True),
+    ],
+)
+def test_a_target_is_held_against_a_row(target: Target, got: float | None, met: bool | None) -> None:
+    found = rows.judged(target, row(), "NVIDIA H200")
+    assert (found["got"], found["met"]) == (got, met)
+    assert found["goal"] == target.goal
+
+
+def test_results_are_written_whole_and_read_back(tmp_path: Path) -> None:
+    red = {"kind": "red", "cell": "d", "case": {}, "why": "a | b\nsecond"}
+    rows.write(tmp_path, "kernels", {"device": "x"}, [row(error=float("nan")), red], "note")
+    record = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    assert record["rows"][0]["error"] == "nan"
+    text = (tmp_path / "kernels.md").read_text(encoding="utf-8")
+    assert "Failed: no speed is reported" in text
+    assert "a \\| b second" in text
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_device_names_its_folder() -> None:
+    assert rows.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
