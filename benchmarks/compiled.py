@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for sm_80, sm_90 and sm_100, which needs no GPU, and tells what each takes.
 
-    python -m benchmarks.compiled [OP ...]      a table of registers, spills and shared memory
-    python -m benchmarks.compiled --json        the same as JSON
-    python -m benchmarks.compiled --record      also writes benchmarks/results/compiled.md
+python -m benchmarks.compiled [OP ...]      a table of registers, spills and shared memory
+python -m benchmarks.compiled --json        the same as JSON
+python -m benchmarks.compiled --record      also writes benchmarks/results/compiled.md
 """
 
 from __future__ import annotations

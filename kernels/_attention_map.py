@@ -11,9 +11,12 @@ the mean is over, and D = d(loss * n) / ds:
 
 Nothing of the size of a map is stored. The passes, each a launch (a query or key tile a program, all deterministic):
 
-1. statistics: the maximum and the sum of the exponentials above it of every row of s and t. For the MSE also delta: its two sums are kept online beside the
-   softmax's own, scaled as these are when a larger maximum comes, so that the softmax's backward costs no pass more.
-   It has the error of p itself, some 1e-7 of sum p^2, as a sum of the differences would have.
+1. statistics: the maximum and the sum of the exponentials above it of every row of s and t. For the MSE also delta:
+   its two sums are kept online beside the softmax's own, scaled as these are when a larger maximum comes, so that the
+   softmax's backward costs no pass more. It is off by some 1e-7 of sum p^2, which is nothing beside the rounding of D
+   to 16 bits. In float32 it would be seen where p is nearly one-hot: p - r - delta then is far smaller than each, and
+   only if all come from the same rounded p does what they are off by cancel. There pass 2 runs once more before, for
+   the sum of the differences.
 2. rows: the loss, and dQ, by query tile.
 3. columns: dK by key tile, from the transposed products, so that the tile of D is the left operand as it stands.
 4. the sum of the tiles' losses in a fixed order.
@@ -290,12 +293,15 @@ def rows_kernel(
     student_q, student_k, teacher_q, teacher_k, mask, lengths, stats, grad, partial,
     sq_batch, sq_head, sq_token, sk_batch, sk_head, sk_token, tq_batch, tq_head, tq_token, tk_batch, tk_head, tk_token,
     batch, heads, seq, count, student_factor, teacher_factor, grad_factor, weight,
-    KIND: tl.constexpr, SYMMETRIC: tl.constexpr, RAISE: tl.constexpr, RAGGED: tl.constexpr,
+    KIND: tl.constexpr, SYMMETRIC: tl.constexpr, DELTA: tl.constexpr, RAISE: tl.constexpr, RAGGED: tl.constexpr,
     STUDENT: tl.constexpr, STUDENT_PADDED: tl.constexpr, STUDENT_CHUNK: tl.constexpr,
     TEACHER: tl.constexpr, TEACHER_PADDED: tl.constexpr, TEACHER_CHUNK: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
-    """`partial` `[programs]`: the loss of a query tile before the mean; `grad`: dQ, or dX where SYMMETRIC, or None."""
+    """`partial` `[programs]`: the loss of a query tile before the mean; `grad`: dQ, or dX where SYMMETRIC, or None.
+
+    With DELTA the MSE's delta is summed from the differences and takes the place of the other in `stats`.
+    """
     tile, place, sequence, head = _place(heads, count)
     rows = tile * OWN + tl.arange(0, OWN)
     row_kept = _kept(mask, sequence, seq, rows)
@@ -312,6 +318,7 @@ def rows_kernel(
         of = stats + place * ((5 if KIND == MSE else 4) * seq)
     top_s, log_s, top_t, log_t, delta = _statistics(of, rows, seq, KIND)
     lost = tl.zeros([OWN], tl.float32)
+    along = tl.zeros([OWN], tl.float32)
     if grad is not None:
         acc = tl.zeros([OWN, STUDENT_PADDED], tl.float32)
     for first in range(0, _end(lengths, sequence, seq, tile * OWN), OTHER):
@@ -343,12 +350,16 @@ def rows_kernel(
                 lost += tl.sum(term if WHOLE else tl.where(keep[None, :], term, 0.0), 1)
             else:
                 lost += tl.sum(d * d, 1)
+                if DELTA:
+                    along += tl.sum(d * p, 1)
                 d = p * (d - delta[:, None])
         if grad is not None:
             if SYMMETRIC:
                 d += _columns_difference(s, t, of, columns, seq, KIND)
             acc = dot((d * RAISE).to(k.dtype), k, acc)
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(row_kept, lost, 0.0)))
+    if DELTA:
+        tl.store(of + 4 * seq + rows, tl.where(row_kept, along, 0.0), mask=inside)
     if grad is not None:
         acc *= _weight(lengths, batch, heads, weight, KIND != KL) * grad_factor
         _store_rows(grad, acc, rows, row_kept, sequence, head, heads, seq, STUDENT, STUDENT_PADDED)
@@ -480,6 +491,7 @@ class _Launch:
         self.factors = (student_scale * unit, teacher_scale * unit)
         self.grad_factor = student_scale * (1 if kind == "kl" else 2) / self.raised
         wide = torch.float32 in (student.dtype, teacher.dtype)
+        self.exact = kind == "mse" and wide
         self.tiles = tiles(self.seq, width, teacher.shape[-1], wide)
         self.count = -(-self.seq // self.tiles.own)
         self.programs = self.batch * self.heads * self.count
@@ -503,11 +515,13 @@ class _Launch:
 
     def rows(self, loss: Tensor, grad: Tensor | None, symmetric: bool) -> None:
         partial = self.tensors[0].new_empty(self.programs, dtype=torch.float32)
-        rows_kernel[(self.programs,)](
-            *self.tensors, self.mask, self.lengths, self.stats, grad, partial, *self.strides, self.batch, self.heads,
-            self.seq, self.count, *self.factors, self.grad_factor, self.weight, SYMMETRIC=symmetric, RAISE=self.raised,
-            **self.constants,
-        )  # fmt: skip
+        passes = [(None, True), (grad, False)] if self.exact and grad is not None else [(grad, False)]
+        for to, delta in passes:
+            rows_kernel[(self.programs,)](
+                *self.tensors, self.mask, self.lengths, self.stats, to, partial, *self.strides, self.batch, self.heads,
+                self.seq, self.count, *self.factors, self.grad_factor, self.weight, SYMMETRIC=symmetric, DELTA=delta,
+                RAISE=self.raised, **self.constants,
+            )  # fmt: skip
         factor = _LN_2 if self.kind == "kl" else 1.0
         pairs = self.kind != "kl"
         sum_kernel[(1,)](
@@ -573,6 +587,8 @@ def map_cost(
     if kind != "scores":
         total += Cost(tensors, stats, scores_flops)
     total += Cost(tensors + stats, partial + need_grad * student, scores_flops + need_grad * gradient_flops)
+    if need_grad and kind == "mse" and 4 in element:
+        total += Cost(tensors + stats, partial + 4 * rows, scores_flops)
     total += Cost(partial, 4, 0)
     if need_grad and not symmetric:
         total += Cost(tensors + stats, student, scores_flops + gradient_flops)
@@ -589,7 +605,6 @@ def map_specimens(kind: str, symmetric: bool = False, helpers: bool = False) -> 
     cases = [
         (bf16, bf16, 64, 64, True),
         (bf16, bf16, 64, 64, False),
-        (bf16, bf16, 32, 64, True),
         (bf16, bf16, 128, 128, True),
         (bf16, bf16, 256, 256, True),
         (fp16, fp16, 64, 64, True),
@@ -630,7 +645,10 @@ def _specimens(
     }
     named = f"{kind} {mine}/{theirs} {width}/{other}{' masked' if masked else ''} {tile.own}x{tile.other}"
     gradient = constants | {"RAISE": raised(kind, student)}
-    made = [("rows", rows_kernel, {"grad": f"*{mine}", "partial": "*fp32"}, gradient | {"SYMMETRIC": symmetric})]
+    usual = gradient | {"SYMMETRIC": symmetric, "DELTA": False}
+    made = [("rows", rows_kernel, {"grad": f"*{mine}", "partial": "*fp32"}, usual)]
+    if kind == "mse" and torch.float32 in (student, teacher):
+        made.append(("delta", rows_kernel, {"partial": "*fp32"}, usual | {"DELTA": True, "grad": None}))
     if not symmetric:
         made.append(("columns", columns_kernel, {"grad": f"*{mine}"}, gradient))
         if kind != "scores":

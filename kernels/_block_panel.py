@@ -105,8 +105,8 @@ def panel_product(
     # Rows without any block.
     starts = tl.load(row_starts + i, i < block_rows, other=-1)
     if tl.max((starts == ends).to(tl.int32), axis=0) > 0:
-        for j in range(0, last_row - first_row):
-            empty = first_row + j
+        for offset in range(0, last_row - first_row):
+            empty = first_row + offset
             if tl.load(row_starts + empty) == tl.load(row_starts + empty + 1):
                 zero = tl.zeros((64, TOKENS), tl.float32)
                 _finish(zero, bias, y, empty, first_token, m, n, TOKENS, ACTIVATION, BIAS)

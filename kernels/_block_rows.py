@@ -1,9 +1,9 @@
 """What the block-sparse kernels share: one tile of a layer's result, its activation, and how tiles are chosen.
 
-A tile is `tokens` rows of x times a slice of one block row of W, computed as Y^T = W X^T: the weight's block lies on the
-64 rows of Hopper's tensor-core instruction and the tokens on its wide side, which reads the least shared memory. The
-result stays in registers over the whole block row. A step takes `depth` of the row's stored columns, laid end to end:
-a part of one block, or several small blocks at once, gathered from x where each of them lies.
+A tile is `tokens` rows of x times a slice of one block row of W, computed as Y^T = W X^T: the weight's block lies on
+the 64 rows of Hopper's tensor-core instruction and the tokens on its wide side, which reads the least shared memory.
+The result stays in registers over the whole block row. A step takes `depth` of the row's stored columns, laid end to
+end: a part of one block, or several small blocks at once, gathered from x where each of them lies.
 
 The gather sets the pace: with 64 rows of weight a step of depth 64 and 256 tokens moves 40 KiB from the second-level
 cache for 512 cycles of products. Wider tokens hardly help (x is most of it); taller block rows do.
@@ -187,11 +187,7 @@ def _step(
             w = tl.load(w_rows + (block * (R * C) + inner)[None, :], inside[None, :], other=0)
     if not TURNED:
         w = tl.trans(w)
-    if SWAPPED:
-        acc = dot(tl.trans(w), tl.trans(x), acc)
-    else:
-        acc = dot(x, w, acc)
-    return acc
+    return dot(tl.trans(w), tl.trans(x), acc) if SWAPPED else dot(x, w, acc)
 
 
 @triton.jit
@@ -214,14 +210,8 @@ def linear_tile(
     r_read = tl.minimum(r, R - 1) if R % ROWS != 0 else r
     x_rows = x + tl.minimum(token, m - 1)[:, None] * k
     w_rows = values + (r_read[None, :] if TURNED else (r_read * C)[:, None])
-    if SWAPPED:
-        acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    else:
-        acc = tl.zeros((TOKENS, ROWS), tl.float32)
-    if C % DEPTH == 0:
-        steps = length * (C // DEPTH)
-    else:
-        steps = tl.cdiv(length * C, DEPTH)
+    acc = tl.zeros((ROWS, TOKENS), tl.float32) if SWAPPED else tl.zeros((TOKENS, ROWS), tl.float32)
+    steps = length * (C // DEPTH) if C % DEPTH == 0 else tl.cdiv(length * C, DEPTH)
     # Where the next blocks lie is known a step ahead: else two loads would wait for one another.
     column = _ahead(columns, start, length, 0, C, DEPTH)
     source = _ahead(permutation, start, length, 0, C, DEPTH) if TURNED else start

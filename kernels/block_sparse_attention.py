@@ -198,7 +198,7 @@ def tiles(block: Sequence[int], dim: int, dtype: torch.dtype, bits: bool) -> tup
 
 def chunk(dim: int, dtype: torch.dtype) -> int:
     """How much of a head's width goes into a product at a time."""
-    return min(dim, 32) if dtype == torch.float32 else dim
+    return min(dim // 2, 32) if dtype == torch.float32 else dim
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int]:

@@ -271,11 +271,14 @@ def tiles(
         if dim == 128:
             return (min(width, 32), 16, 8, 1), (min(rows, 32), 16, 4, 1)
         return (min(width, 32), 16, 4, 1), (min(rows, 32), 32, 4, 1)
-    # Two sums of a key's width each against one of a query's.
-    keys, stages = min(width, 128 if dim <= 64 else 64), 3 if dim <= 64 else 2
+    # Two sums of a key's width each against one of a query's; bits take registers too, most of them on sm_80.
+    keys, stages = min(width, 64 if bits or dim == 128 else 128), 3 if dim <= 64 else 2
     warps = {16: 2 if dim <= 64 else 4, 32: 4, 64: 4, 128: 8}
-    key_warps = 8 if keys == 64 and dim == 128 else warps[keys]
-    return (keys, 32 if bits and dim == 128 else 64, key_warps, stages), (rows, 64, warps[rows], stages)
+    queries = min(rows, 64) if bits and dim == 128 else rows
+    key_warps = 8 if keys == 64 and (bits or dim == 128) else warps[keys]
+    query_warps = 8 if queries == 64 and bits and dim == 128 else warps[queries]
+    key_step, query_step = (32 if bits and own >= 64 else 64 for own in (keys, queries))
+    return (keys, key_step, key_warps, stages), (queries, query_step, query_warps, stages)
 
 
 def block_sparse_attention_backward(

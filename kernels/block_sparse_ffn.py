@@ -236,7 +236,8 @@ def specimens() -> list[Specimen]:
                 name: "i32" if name in integers else "*i32" if name.endswith(("columns", "row_starts")) else pointer
                 for name in names
             }
-            label = f"{triton_type(dtype)} {block[0]}x{block[1]}, {tile.rows} x {tile.tokens} x {tile.depth}, {tile.warps} warps"
+            label = f"{triton_type(dtype)} {block[0]}x{block[1]}, {tile.rows} x {tile.tokens} x {tile.depth}, "
+            label += f"{tile.warps} warps"
             constants = _constants((block, block), (tile, tile), (3072, 768), "gelu", (True, True))
             one = Specimen(label, _both, signature, constants, tile.warps, tile.stages, arch, ("n", "inner", "k"))
             found.setdefault(label, one)

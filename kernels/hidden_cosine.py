@@ -38,7 +38,7 @@ def hidden_cosine_kernel(
     students, teachers, grads, mask, kept, partials, rows, tokens, groups, factor,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` rows of one layer a program, `groups` x `VECTOR` wide; `factor` = 1 over how many count, but for `kept`."""
+    """`ROWS` rows of one layer a program, `groups` x `VECTOR` wide; `factor`: 1 over what counts, but for `kept`."""
     width = groups * VECTOR
     layer = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -55,9 +55,7 @@ def hidden_cosine_kernel(
     # In turn, not by their product, which might be too small for a number.
     scale = (1.0 / tl.maximum(length_s, EPS)) * (1.0 / tl.maximum(length_t, EPS))
     cosine = st * scale
-    tl.store(
-        partials + layer * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(counts, 1.0 - cosine, 0.0), 0)
-    )
+    tl.store(partials + layer * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(counts, 1.0 - cosine, 0.0), 0))
     if grads is not None:
         grad = picked(grads, layer)
         share = share_of(kept, factor)
@@ -78,7 +76,7 @@ def hidden_cosine_kernel(
 def tiles(width: int) -> tuple[int, int, int]:
     """`(rows, columns taken at a time, warps)` for states of `width`."""
     block = min(power_of_2(width), _WHOLE)
-    return (_TILE if block >= 256 else _TILE // 2) // block, block, 8
+    return (_TILE if block >= 256 else _TILE // 4) // block, block, 8
 
 
 def hidden_cosine(

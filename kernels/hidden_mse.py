@@ -79,7 +79,7 @@ def tiles(width: int) -> tuple[int, int, int]:
     """`(rows, columns taken at a time, warps)` for states of `width`."""
     # 768 is three times 256: no lane of a tile is idle.
     block = min(power_of_2(width), 256 if width % 512 else 512)
-    return (_TILE if block >= 256 else _TILE // 2) // block, block, 8
+    return (_TILE if block >= 256 else _TILE // 4) // block, block, 8
 
 
 def hidden_mse(
@@ -100,9 +100,7 @@ def hidden_loss(
     weight: float,
     slope: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A loss on layers by a kernel of theirs: `weight` times the mean over rows; `slope` is the gradient's own factor.
-
-    """
+    """A loss on layers by a kernel of theirs: `weight` times the mean over rows; `slope`: the gradient's own factor."""
     first = student[0]
     width = first.shape[-1]
     grads = [torch.empty_like(layer) for layer in student] if need_grad else []

@@ -4,7 +4,7 @@
 2. `statistics_kernel` walks the vocabulary and keeps, for each token, both running log-sum-exps and the cross term;
    several programs share a token's vocabulary and `combine_kernel` joins what they found.
 3. For the gradient the vocabulary is cut into slabs and the tokens into chunks. `difference_kernel` makes the logits of
-   a slab and a chunk again and writes `softmax(student) - softmax(teacher)` in the student's dtype, small enough for the
+   a slab and a chunk again and writes `softmax(student) - softmax(teacher)` in the student's dtype, few enough for the
    L2 cache; `hidden_kernel` and `weight_kernel` multiply it with weights and states, adding in float32 in fixed order.
 
 Probabilities are made in float32 from float32 logits. The difference is rounded once, after the subtraction.
@@ -13,6 +13,7 @@ Probabilities are made in float32 from float32 logits. The difference is rounded
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -63,7 +64,9 @@ def tiles(tokens: int, vocabulary: int, student_width: int, bytes_per_element: i
     grad_n = min(max(power_of_2(student_width), 16), 64 if wide else 128)
     k = 32 if wide else 64
     warps = 8 if wide or m * n > 64 * 64 else 4
-    return Tiles(m, n, k, min(n, 64), warps, 3, m, grad_n, min(k, n), 8 if m * grad_n > 64 * 64 else 4, 3)
+    return Tiles(
+        m, n, k, min(n, 32 if wide else 64), warps, 3, m, grad_n, min(k, n), 8 if m * grad_n > 64 * 64 else 4, 3
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Plan:
 
 def plan(tokens: int, vocabulary: int, tile: Tiles, bytes_per_element: int, programs: int) -> Plan:
     """The plan for a device that runs `programs` side by side; `bytes_per_element` of the student."""
-    words, rows = -(-vocabulary // tile.statistics_n), -(-tokens // tile.m)
+    words, rows = -(-vocabulary // tile.statistics_n), max(-(-tokens // tile.m), 1)
     # Two waves at least, so that the last one is not all of it; a part has a word at least.
     parts = min(max(-(-2 * programs // rows), 1), words)
     per_part = -(-words // parts)
@@ -92,7 +95,7 @@ def plan(tokens: int, vocabulary: int, tile: Tiles, bytes_per_element: int, prog
 
 @triton.jit
 def compact_kernel(keep, order, kept, tokens, BLOCK: tl.constexpr):
-    """`order` `[tokens]` int32: tokens that count first, then the others, each in order; `kept`: how many; one program."""
+    """`order` `[tokens]` int32: those that count first, then the others, in order; `kept`: how many; one program."""
     place = tl.arange(0, BLOCK)
     count = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, tokens, BLOCK):
@@ -124,7 +127,7 @@ def _rows_of(order, kept, first, tokens, BLOCK: tl.constexpr):
 @triton.jit
 def _counted(kept, tokens):
     """How many tokens count."""
-    if kept is None:
+    if kept is None:  # noqa: SIM108 (a ternary would load from None)
         count = tokens
     else:
         count = tl.load(kept)
@@ -151,7 +154,7 @@ def _logits(hidden, weight, bias, row, counts, word, inside, width, scale, M: tl
 
 @triton.jit
 def _seen(top, mass, x):
-    """A running maximum (base 2) and sum of exponentials with the columns of `x`: also the old sum's factor, exp2(x)."""
+    """A running maximum (base 2) and sum of exponentials with the columns of `x`; the old sum's factor and exp2(x)."""
     most = tl.maximum(top, tl.max(x, 1))
     # Nothing but -inf so far: its exponentials are 0, not those of -inf minus -inf.
     base = tl.where(most == float("-inf"), 0.0, most)
@@ -191,7 +194,7 @@ def statistics_kernel(
 
 @triton.jit
 def combine_kernel(stats, sums, partials, kept, tokens, parts, BLOCK: tl.constexpr):
-    """`sums` `[2, tokens]`: log2-sum-exp2 of student and teacher; `partials`: the loss of a program's tokens, in nats."""
+    """`sums` `[2, tokens]`: log2-sum-exp2 of student and teacher; `partials`: a program's loss, in nats."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counts = place < _counted(kept, tokens)
     top_s, top_t = tl.full((BLOCK,), float("-inf"), tl.float32), tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -303,7 +306,9 @@ def weight_kernel(
             mask=counts[None, :] & (column < words)[:, None], other=0.0,
         )  # fmt: skip
         b = tl.load(
-            hidden + (row * width)[:, None] + across[None, :], mask=counts[:, None] & (across < width)[None, :], other=0.0
+            hidden + (row * width)[:, None] + across[None, :],
+            mask=counts[:, None] & (across < width)[None, :],
+            other=0.0,
         )
         acc = dot(a, b, acc)
     if LAST:
@@ -328,7 +333,10 @@ def linear_soft_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(loss, gradients to the student's hidden, weight and bias)`; a gradient is `[0]` where not needed."""
     call = _Call(
-        (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias), keep, temperature
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias),
+        keep,
+        temperature,
     )
     loss = call.loss()
     return loss, *call.gradients(need_hidden, need_weight, need_bias)
@@ -449,7 +457,14 @@ def specimens() -> list[Specimen]:
     made += _specimens((half, half), 4096, False, False)
     place = {"order": "*i32", "kept": "*i64", "tokens": "i32"}
     made.append(Specimen("compact", compact_kernel, {"keep": "*i1"} | place, {"BLOCK": _COMPACT_BLOCK}, warps=8))
-    signature = {"stats": "*fp32", "sums": "*fp32", "partials": "*fp32", "kept": "*i64", "tokens": "i32", "parts": "i32"}
+    signature = {
+        "stats": "*fp32",
+        "sums": "*fp32",
+        "partials": "*fp32",
+        "kept": "*i64",
+        "tokens": "i32",
+        "parts": "i32",
+    }
     made.append(Specimen("combine", combine_kernel, signature, {"BLOCK": _COMBINE_BLOCK}))
     return made + total_specimens()
 
@@ -471,14 +486,14 @@ def _specimens(dtypes: tuple[torch.dtype, torch.dtype], tokens: int, masked: boo
     product |= {"words": "i32", "chunk": "i32", "tokens": "i32", "width": "i32", "factor": "fp32"}
     logits = {"M": tile.m, "N": tile.n, "K": tile.k}
     grads = {"M": tile.grad_m, "N": tile.grad_n, "K": tile.grad_k}
-    wanted = [
+    wanted: list[tuple[str, Any, dict[str, str], dict[str, int]]] = [
         ("statistics", statistics_kernel, statistics, logits | {"N": tile.statistics_n}),
         ("differences", difference_kernel, difference, logits),
-        *[(f"hidden{ends[0]:d}{ends[1]:d}", hidden_kernel, product, grads | dict(zip(("FIRST", "LAST"), ends, strict=True)))
-          for ends in ((True, True), (True, False), (False, True), (False, False))],
-        *[(f"weight{ends[0]:d}{ends[1]:d}", weight_kernel, product, grads | dict(zip(("FIRST", "LAST"), ends, strict=True)))
-          for ends in ((True, True), (True, False), (False, True), (False, False))],
-    ]  # fmt: skip
+    ]
+    for first, last in ((True, True), (True, False), (False, True), (False, False)):
+        ends = grads | {"FIRST": first, "LAST": last}
+        wanted.append((f"hidden{first:d}{last:d}", hidden_kernel, product, ends))
+        wanted.append((f"weight{first:d}{last:d}", weight_kernel, product, ends))
     absent = [] if masked else ["order", "kept"]
     absent += [] if biased else ["student_bias", "teacher_bias", "bias_parts"]
     made = []
@@ -487,21 +502,31 @@ def _specimens(dtypes: tuple[torch.dtype, torch.dtype], tokens: int, masked: boo
         ours = kernel in (statistics_kernel, difference_kernel)
         made.append(
             Specimen(
-                ", no ".join([f"{label} {mine[1:]}/{theirs[1:]} {tile.m}x{tile.n}", *[n for n in absent if n in names]]),
+                ", no ".join(
+                    [f"{label} {mine[1:]}/{theirs[1:]} {tile.m}x{tile.n}", *[n for n in absent if n in names]]
+                ),
                 kernel,
                 {name: signature[name] for name in names if name not in absent},
                 constants | dict.fromkeys(n for n in absent if n in names),
                 warps=tile.warps if ours else tile.grad_warps,
                 stages=tile.stages if ours else tile.grad_stages,
-                divisible_by_16=("student_width", "teacher_width", "width", "slab", "slab_start", "chunk_start", "chunk"),
+                divisible_by_16=(
+                    "student_width",
+                    "teacher_width",
+                    "width",
+                    "slab",
+                    "slab_start",
+                    "chunk_start",
+                    "chunk",
+                ),
             )
         )
     return made
 
 
 def cost(
-    tokens: int, vocabulary: int, student_width: int, teacher_width: int, student_bytes: int = 2, teacher_bytes: int = 2,
-    need_grad: bool = True, masked: bool = False, biased: bool = True, programs: int = 132,
+    tokens: int, vocabulary: int, student_width: int, teacher_width: int,
+    student_bytes: int = 2, teacher_bytes: int = 2, need_grad: bool = True, masked: bool = False, biased: bool = True, programs: int = 132,
 ) -> Cost:  # fmt: skip
     """What a call moves and computes, with every token counting and all gradients or none.
 
@@ -527,7 +552,9 @@ def cost(
     differences = padded * words * student_bytes
     columns = 4 * rows * vocabulary if biased else 0
     flops = 2 * padded * words * (student_width + teacher_width)
-    found += Cost(chunks * (vocabulary * both + biases) + slabs * tokens * (both + 8), differences + columns, flops, launches)
+    found += Cost(
+        chunks * (vocabulary * both + biases) + slabs * tokens * (both + 8), differences + columns, flops, launches
+    )
     # Each product reads the differences, its other operand and the sum so far, and writes the sum or the gradient.
     sums = 4 * (slabs - 1) * states
     weights = vocabulary * student_width

@@ -206,7 +206,12 @@ def _specimen(dtypes: tuple[torch.dtype, torch.dtype], classes: int, masked: boo
 
 
 def cost(
-    rows: int, classes: int, student_bytes: int = 2, teacher_bytes: int = 2, need_grad: bool = True, masked: bool = False
+    rows: int,
+    classes: int,
+    student_bytes: int = 2,
+    teacher_bytes: int = 2,
+    need_grad: bool = True,
+    masked: bool = False,
 ) -> Cost:
     """What a call moves and computes, with every row counting; `*_bytes`: of a logit. Exponentials count as one."""
     tile = tiles(classes, student_bytes + teacher_bytes)

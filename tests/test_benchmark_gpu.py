@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -74,17 +75,14 @@ def test_every_goal_has_a_cell(rehearsal: Path) -> None:
         for row in json.loads((rehearsal / f"{part}.json").read_text(encoding="utf-8"))["rows"]
         for target in row.get("targets", ())
     }
-    from benchmarks.gpu import kernels
     from benchmarks.gpu.bench import Bench
 
     bench = Bench(torch.device("cpu"), lambda row: None)
-    goals |= {target.goal for cell in kernels.cells(bench) for target in cell.settings.get("targets", ())}
+    for part in PARTS:
+        cells = importlib.import_module(f"benchmarks.gpu.{part}").cells(bench)
+        goals |= {target.goal for cell in cells for target in cell.settings.get("targets", ())}
     # Their cells make the targets as they go, by what they have measured or for the shape that they are at.
-    made = {"G1", "G2", "G3", "G10"}
-    from sparsebert.ops._backend import OPS
-
-    if "linear_soft_cross_entropy" not in OPS:
-        made.add("G22")
+    made = {"G1", "G2", "G3", "G10", "G20", "G21", "G24"}
     assert goals | made >= {f"G{number}" for number in range(1, 31)}, sorted(goals)
 
 
@@ -151,3 +149,54 @@ def test_results_are_written_whole_and_read_back(tmp_path: Path) -> None:
 
 def test_a_device_names_its_folder() -> None:
     assert rows.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def session(tmp_path: Path) -> Any:
+    from benchmarks.gpu.__main__ import _parse, _Session
+
+    found = _Session(_parse(["--part", "kernels", "--out", str(tmp_path)]), ["kernels"])
+    found._take({"event": "head", "head": {"device": "NVIDIA H100"}})
+    found._take({"event": "cells", "part": "kernels", "names": ["a", "b", "c"]})
+    return found
+
+
+def test_a_cell_that_ends_its_process_is_red_and_the_next_goes_on(tmp_path: Path) -> None:
+    found = session(tmp_path)
+    found._take({"event": "begin", "part": "kernels", "index": 1, "cell": "b", "case": {"M": 4}, "seconds": 60.0})
+    assert not found._fell(-11)
+    assert [(row["kind"], row["cell"]) for row in found.rows["kernels"]] == [("red", "b")]
+    assert "status -11" in found.rows["kernels"][0]["why"]
+    assert found.next == 2
+
+
+def test_what_was_not_come_to_is_said(tmp_path: Path) -> None:
+    found = session(tmp_path)
+    found._take({"event": "begin", "part": "kernels", "index": 0, "cell": "a", "case": {}, "seconds": 60.0})
+    found.late = True
+    assert found._fell(-9), "no other worker begins when the time is spent"
+    found._rest()
+    assert [(row["kind"], row["cell"]) for row in found.rows["kernels"]] == [
+        ("skipped", "a"),
+        ("skipped", "b"),
+        ("skipped", "c"),
+    ]
+
+
+def test_a_cell_that_hangs_is_ended(tmp_path: Path) -> None:
+    found = session(tmp_path)
+    assert not found._hangs()
+    found._take({"event": "begin", "part": "kernels", "index": 0, "cell": "a", "case": {}, "seconds": -1.0})
+    assert found._hangs()
+    assert not found._fell(-9)
+    assert "it hangs" in found.rows["kernels"][0]["why"]
+
+
+def test_the_device_that_no_longer_answers_gets_another_worker(tmp_path: Path) -> None:
+    from benchmarks.gpu.worker import BROKEN
+
+    found = session(tmp_path)
+    found._take({"event": "begin", "part": "kernels", "index": 0, "cell": "a", "case": {}, "seconds": 60.0})
+    found._take({"event": "end", "part": "kernels", "index": 0})
+    assert not found._fell(BROKEN)
+    assert found.next == 1
+    assert found._fell(1), "without a cell at work there is nothing to go on behind"

@@ -93,6 +93,10 @@ def test_every_flag_named_exists(page: Path, help_of: Help) -> None:
     known = train_flags() | {"--help", "--prune-at"}  # the latter is the toy method's
     for name in COMMANDS:
         known |= set(re.findall(r"--[a-z][\w-]*", help_of(f"sparsebert.{name}")))
+    if page.name == "gpu.md":
+        asked = [sys.executable, "-m", "benchmarks.gpu", "--help"]
+        text = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        known |= set(re.findall(r"--[a-z][\w-]*", text)) | {"--no-deps", "--no-build-isolation", "--no-index"}
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")):
         assert flag in known, flag
 

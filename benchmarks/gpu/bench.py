@@ -85,7 +85,7 @@ class Bench:
         except Exception as error:
             if self.rehearsing and not isinstance(error, Red):
                 raise
-            self.row("red", cell.case(), why=first_line(error))
+            self.row("red", cell.case(), why=str(error) if isinstance(error, Red) else first_line(error))
         finally:
             self.clean()
 
@@ -127,9 +127,11 @@ class Bench:
     def clean(self) -> None:
         """Gives the memory of a cell back."""
         torch._dynamo.reset()
-        gc.collect()
         if self.cuda:
-            torch.cuda.empty_cache()
+            gc.collect()
+            # On a device that no longer answers even this fails.
+            with contextlib.suppress(Exception):
+                torch.cuda.empty_cache()
 
     def left(self) -> float:
         """Seconds until the part should end."""

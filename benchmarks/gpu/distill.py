@@ -95,6 +95,7 @@ def _race(
     targets: Sequence[Target] = (),
     memory: Sequence[str] = (),
     extra: Callable[[float], dict[str, float]] = lambda seconds: {},
+    limit_from: str = "",
 ) -> None:
     """Check against `truth`, which gets the set in float64, then time; memory of ours and of the `memory` named.
 
@@ -110,7 +111,7 @@ def _race(
 
     calls = {OURS: of(ours), **{name: of(call) for name, call in others.items()}}
     row = bench.compare(
-        case, make, calls, check=Check(exact, least=EXACT), limit=limit,
+        case, make, calls, check=Check(exact, least=EXACT), limit=limit, limit_from=limit_from,
         targets=[*targets, Target("G25", "value", EXACT, key="error")], graph=False,
     )  # fmt: skip
     if row is None:
@@ -310,6 +311,7 @@ def _maps(
         {"eager": lambda s: eager_map_loss(kind, s.student, s.teacher, tokens),
          "compiled": lambda s: compiled(s.student, s.teacher)},
         lambda s: eager_map_loss(kind, s.student, s.teacher, tokens), launched or least, targets, ("eager",),
+        limit_from="as launched" if launched else "",
     )  # fmt: skip
 
 

@@ -74,7 +74,10 @@ def _pytest(bench: Bench, words: tuple[str, ...], share: float) -> None:
     if importlib.util.find_spec("xdist") is not None and bench.cuda:
         # Compiling the kernels is most of it, and that is the processor's work.
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    seconds = max(20.0, share * (bench.left() - 15.0)) if bench.cuda else 120.0
+    # It ends before this process may be ended, or nobody would end it.
+    seconds = min(share * (bench.left() - 15.0), bench.left() - 8.0) if bench.cuda else 300.0
+    if seconds < 20.0:
+        raise Skip("the part's time was spent")
     start = time.perf_counter()
     status, output = _ended(command, seconds)
     lines = output.strip().splitlines()
@@ -113,7 +116,9 @@ def _sanitizer(bench: Bench, tool: str) -> None:
     if not bench.cuda:
         raise Skip("a rehearsal has no GPU to watch")
     command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-m", "benchmarks.gpu.sanitize"]
-    seconds = min(200.0, max(30.0, 0.6 * (bench.left() - 20.0)))
+    seconds = min(200.0, 0.6 * (bench.left() - 20.0))
+    if seconds < 20.0:
+        raise Skip("the part's time was spent")
     start = time.perf_counter()
     # Without torch's cache every tensor is an allocation of its own, whose bounds are watched.
     status, output = _ended(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

@@ -87,6 +87,7 @@ def _work(plan: Mapping[str, Any], say: Say) -> int:
             if rehearsing:
                 raise
             say("row", part=part, row={"kind": "red", "cell": part, "case": {}, "why": first_line(error)})
+            say("done", part=part)
             continue
         cells = [cell for cell in cells if plan["options"]["only"] in cell.name]
         cells = _distinct(cells) if rehearsing else cells

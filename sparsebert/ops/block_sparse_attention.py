@@ -222,7 +222,11 @@ def _row_sums(q: Tensor) -> Tensor:
 def _is_supported(q: Tensor) -> bool:
     """Whether the compiled bodies take it; the Triton one takes float16 too."""
     dtypes = (*DTYPES, torch.float16) if q.device.type == "cuda" or _triton_is_forced() else DTYPES
-    return q.dtype in dtypes and q.shape[-1] in HEAD_DIMS
+    # A plain bool also where torch.compile does not take the width for fixed.
+    for dim in HEAD_DIMS:
+        if q.shape[-1] == dim:
+            return q.dtype in dtypes
+    return False
 
 
 @torch.compiler.assume_constant_result
@@ -254,7 +258,8 @@ def _check(
         raise ValueError(f"blocks: expected lists for {q.shape[2]} queries and {k.shape[2]} keys, got {made}")
     batches = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     for name, own, many in (("batches", 0, batches), ("heads", 1, q.shape[1])):
-        if blocks.columns.shape[own] not in (1, many):
+        # Compared one by one: torch.compile does not look into a tuple for a size that is not fixed.
+        if blocks.columns.shape[own] != 1 and blocks.columns.shape[own] != many:
             raise ValueError(f"blocks: expected lists for 1 or {many} {name}, got {blocks.columns.shape[own]}")
     if key_mask is not None and (key_mask.dtype != torch.bool or list(key_mask.shape) != [q.shape[0], k.shape[2]]):
         shown = f"{key_mask.dtype} {list(key_mask.shape)}"

@@ -60,11 +60,11 @@ def linear_soft_cross_entropy(
     keep = _kept(labels, ignore_index, student_hidden)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    student = _alike(student_hidden, student_weight, student_bias)
-    teacher = [None if tensor is None else tensor.detach() for tensor in (teacher_hidden, teacher_weight, teacher_bias)]
-    teacher = _alike(*teacher)  # type: ignore[arg-type]
-    (s, ws, bs), (t, wt, bt) = student, teacher
-    needs = [tensor is not None and wants_gradient(tensor) for tensor in student]
+    s, ws, bs = _alike(student_hidden, student_weight, student_bias)
+    t, wt, bt = _alike(
+        teacher_hidden.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()
+    )
+    needs = [tensor is not None and wants_gradient(tensor) for tensor in (s, ws, bs)]
     body = _op.differentiable(s.device, served(s, t))
     return body(s, ws, t, wt, bs, bt, keep, float(temperature), *needs)[0]
 
@@ -87,8 +87,8 @@ def linear_soft_cross_entropy_reference(
     A gradient is `[0]` where not needed. Those of float16 operands are float32, whose range they may need.
     """
     wide = wide_dtype(student_hidden, teacher_hidden)
-    sides = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
-    (s, ws, bs), (t, wt, bt) = [[None if x is None else x.to(wide) for x in side] for side in sides]
+    s, ws, t, wt = (x.to(wide) for x in (student_hidden, student_weight, teacher_hidden, teacher_weight))
+    bs, bt = (None if x is None else x.to(wide) for x in (student_bias, teacher_bias))
     needs = need_hidden, need_weight, need_bias
     shapes = [shape if need else (0,) for shape, need in zip((s.shape, ws.shape, ws.shape[:1]), needs, strict=True)]
     of_hidden, of_weight, of_bias = (torch.zeros(shape, dtype=wide, device=s.device) for shape in shapes)

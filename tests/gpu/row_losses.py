@@ -1,4 +1,4 @@
-"""What the Triton kernels of every loss on rows promise (logits, hidden states); a test file of a loss subclasses this."""
+"""What the Triton kernels of every loss on rows promise (logits, states); a test file of a loss subclasses this."""
 
 from __future__ import annotations
 

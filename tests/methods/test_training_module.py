@@ -20,7 +20,7 @@ from sparsebert.methods.distilling import (
     Term,
     projection,
 )
-from sparsebert.models import TaskModel
+from sparsebert.models.task_model import TaskModel
 
 EVERY = [(1, 1), (2, 2)]
 

@@ -132,3 +132,43 @@ class TestHiddenMse(LossPromises):
 def test_it_is_mse_loss() -> None:
     student, teacher = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
     torch.testing.assert_close(hidden_mse(student, teacher), F.mse_loss(student, teacher))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_projection_is_a_linear_before(dtype: torch.dtype, shared: bool) -> None:
+    student = [torch.randn(2, 5, 6).to(dtype).requires_grad_() for _ in range(3)]
+    teacher = [torch.randn(2, 5, 8).to(dtype) for _ in range(3)]
+    weights = [torch.randn(8, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()]
+    weights = weights if shared else [weights[0].detach().clone().requires_grad_() for _ in range(3)]
+    mask = torch.rand(2, 5) < 0.6
+    mask[0, 0], mask[1, 4] = True, False
+    loss = hidden_mse(student, teacher, mask, projection=weights[0] if shared else weights)
+    mine = [F.linear(s.to(w.dtype), w) for s, w in zip(student, weights * 3 if shared else weights, strict=True)]
+    usual = hidden_mse(mine, teacher, mask)
+    torch.testing.assert_close(loss, usual)
+    gradients = [torch.autograd.grad(one, [*student, *weights]) for one in (loss, usual)]
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        student[0][1, 4] = float("nan")
+    again = torch.autograd.grad(hidden_mse(student, teacher, mask, weights[0] if shared else weights), weights)
+    torch.testing.assert_close(again, gradients[0][3:])
+
+
+def test_a_projection_of_stacked_layers_and_what_does_not_fit() -> None:
+    student, teacher, weight = torch.randn(3, 2, 5, 6), torch.randn(3, 2, 5, 8), torch.randn(8, 6)
+    mask = torch.rand(2, 5) < 0.6
+    listed = hidden_mse(list(student), list(teacher), mask, weight)
+    torch.testing.assert_close(hidden_mse(student, teacher, mask, weight), listed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(hidden_mse(list(student), list(teacher), mask, weight), listed)
+    for wrong, message in (
+        (weight.t(), r"projection: expected \[teacher's width, 6\], got \[6, 8\]"),
+        ([weight] * 2, "projection: expected one for all layers or 3, got 2"),
+        ([weight, weight, torch.zeros(6)], r"projection\[2\]: expected \[teacher's width, 6\], got \[6\]"),
+        (torch.zeros(9, 6), r"teacher\[0\]: expected \[2, 5, 9\] like student\[0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hidden_mse(list(student), list(teacher), mask, wrong)
+    with pytest.raises(TypeError, match="projection: expected floats"):
+        hidden_mse(list(student), list(teacher), mask, weight.long())
