@@ -2,6 +2,7 @@
 
 python -m benchmarks.compiled [OP ...]      a table of registers, spills and shared memory
 python -m benchmarks.compiled --json        the same as JSON
+python -m benchmarks.compiled --brief       one choice of tiles for every kernel and dtype
 python -m benchmarks.compiled --record      also writes benchmarks/results/compiled.md
 """
 
@@ -27,10 +28,14 @@ def ops() -> list[str]:
     return sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if not path.stem.startswith("_"))
 
 
-def compiled(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def compiled(names: Sequence[str], brief: bool = False) -> Iterator[dict[str, Any]]:
     """A row for every kernel of these ops, as it may be launched, and architecture."""
     for name in names:
-        for specimen in importlib.import_module(f"sparsebert.kernels.{name}").specimens():
+        specimens = importlib.import_module(f"sparsebert.kernels.{name}").specimens()
+        if brief:
+            kinds = {(s.kernel.__name__, *sorted(map(str, s.signature.items()))): s for s in reversed(specimens)}
+            specimens = list(kinds.values())
+        for specimen in specimens:
             for architecture in ARCHITECTURES:
                 if specimen.least <= architecture <= specimen.most:
                     yield {"op": name, "kernel": specimen.label, **_compile(specimen, architecture)}
@@ -105,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("op", nargs="*", help="only these ops (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/compiled.md")
+    parser.add_argument("--brief", action="store_true", help="one choice of tiles for every kernel and dtype")
     options = parser.parse_args(arguments)
-    rows = list(compiled(options.op or ops()))
+    rows = list(compiled(options.op or ops(), options.brief))
     print(json.dumps(rows, indent=1) if options.json else table(rows))
     if options.record:
         import triton

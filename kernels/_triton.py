@@ -71,7 +71,7 @@ class Specimen:
     kernel: Any
     """The function under `@triton.jit`."""
     signature: Mapping[str, str | tuple[str, ...]]
-    """Name of each argument that is no constant, in order, to its type: "*bf16", "i32", "fp32"; a tuple's to a tuple."""
+    """Each argument that is no constant, in order, to its type: "*bf16", "i32", "fp32"; a tuple's to a tuple."""
     constants: Mapping[str, Any]
     """Name of every `tl.constexpr` argument to its value."""
     warps: int = 4

@@ -526,7 +526,8 @@ def _specimens(dtypes: tuple[torch.dtype, torch.dtype], tokens: int, masked: boo
 
 def cost(
     tokens: int, vocabulary: int, student_width: int, teacher_width: int,
-    student_bytes: int = 2, teacher_bytes: int = 2, need_grad: bool = True, masked: bool = False, biased: bool = True, programs: int = 132,
+    student_bytes: int = 2, teacher_bytes: int = 2,
+    need_grad: bool = True, masked: bool = False, biased: bool = True, programs: int = 132,
 ) -> Cost:  # fmt: skip
     """What a call moves and computes, with every token counting and all gradients or none.
 

@@ -18,7 +18,7 @@ from sparsebert.nn.layout import Layout
 from sparsebert.nn.masked import MaskedLinear
 from sparsebert.nn.stored_weight import StoredWeight, nothing_stored
 from sparsebert.nn.structure import check_dtype, kept_of
-from sparsebert.ops._backend import OPS, Op, below_autograd
+from sparsebert.ops._backend import OPS, Op, below_autograd, constant_result
 from sparsebert.ops._linear import ACTIVATIONS, activate, check_operands, is_supported
 from sparsebert.ops.dense_linear import prefers_onednn
 
@@ -331,7 +331,7 @@ def _no_training(format: str) -> str:
 
 
 # The tracer runs this for its effect, and then finds the structure on the layer, which it takes as an input.
-@torch.compiler.assume_constant_result
+@constant_result
 def _prepare_while_tracing(values: Tensor) -> bool:
     """Prepares the layer that holds `values`, and every trainable one beside it, so that one trace serves them all."""
     for layer in list(_layers):

@@ -1,9 +1,9 @@
 """One op, several bodies: where each is registered and which of them a call gets.
 
 An op `X` lives under one name in up to three `torch.ops` namespaces with the same schema: `sparsebert::X` is the
-compiled one (its CPU and CUDA kernels are told apart by torch's dispatcher), `sparsebert_triton::X` the Triton one (the
-function `X` of kernels/X.py) and `sparsebert_reference::X` the plain-torch definition. Each carries its own fake and autograd formulas, so
-`torch.compile` sees one opaque node whichever is picked.
+compiled one (its CPU and CUDA kernels are told apart by torch's dispatcher), `sparsebert_triton::X` the Triton one
+(the function `X` of kernels/X.py) and `sparsebert_reference::X` the plain-torch definition. Each carries its own fake
+and autograd formulas, so `torch.compile` sees one opaque node whichever is picked.
 
 `SPARSEBERT_BACKEND` set to `cuda`, `triton`, `cpu` or `reference` forces one; a forced one that cannot serve a call is
 an error, never a silent fallback.
@@ -15,14 +15,16 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._ops import OpOverload
 
 from sparsebert.errors import UserError, unknown
 
-__all__ = ["BACKENDS", "OPS", "Op", "below_autograd", "forced_backend"]
+__all__ = ["BACKENDS", "OPS", "Op", "below_autograd", "constant_result", "forced_backend"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _NAMESPACE = {"cuda": "sparsebert", "cpu": "sparsebert", "triton": "sparsebert_triton"}
@@ -41,6 +43,15 @@ def forced_backend() -> str | None:
     if word and word not in BACKENDS:
         raise unknown("backend in SPARSEBERT_BACKEND", word, BACKENDS)
     return word or None
+
+
+def constant_result(function: _F) -> _F:
+    """Mark a function whose result is a constant of the graph when torch.compile traces it.
+
+    What torch.compiler.assume_constant_result does, which imports the compiler (and Triton with it) for that.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Op:
@@ -213,8 +224,8 @@ def _function(body: OpOverload, setup_context: Any, backward: Any) -> Callable[.
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 
-# Under torch.compile the choice is a fact of the process, not part of the graph.
-@torch.compiler.assume_constant_result
+# The choice is a fact of the process, not part of the graph.
+@constant_result
 def _namespace(name: str, device_type: str, supported: bool) -> str:
     return OPS[name].choose(device_type, supported).namespace
 

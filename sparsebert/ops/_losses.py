@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsebert.ops._backend import forced_backend
+from sparsebert.ops._backend import constant_result, forced_backend
 
 __all__ = [
     "LOSS_DTYPES",
@@ -31,7 +31,7 @@ LOSS_DTYPES = (torch.float32, torch.bfloat16)
 
 
 # Under torch.compile the backend is a fact of the process, not part of the graph.
-@torch.compiler.assume_constant_result
+@constant_result
 def _takes_float16(device_type: str) -> bool:
     return device_type == "cuda" or forced_backend() == "triton"
 

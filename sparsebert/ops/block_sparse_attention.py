@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsebert.ops import _linear
-from sparsebert.ops._backend import Op, forced_backend
+from sparsebert.ops._backend import Op, constant_result, forced_backend
 from sparsebert.ops.block_lists import BlockLists, lists_to_mask
 from sparsebert.ops.masked_linear import full_precision
 
@@ -229,7 +229,7 @@ def _is_supported(q: Tensor) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _triton_is_forced() -> bool:
     return forced_backend() == "triton"
 

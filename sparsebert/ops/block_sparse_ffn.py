@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsebert.errors import unknown
 from sparsebert.ops import _linear
-from sparsebert.ops._backend import Op, below_autograd, forced_backend
+from sparsebert.ops._backend import Op, below_autograd, constant_result, forced_backend
 from sparsebert.ops.block_sparse_linear import block_sparse_linear, block_sparse_linear_reference, check_structure
 
 __all__ = ["block_sparse_ffn", "block_sparse_ffn_reference"]
@@ -143,7 +143,7 @@ def _contiguous(layer: _Layer) -> _Layer:
 
 
 # Under torch.compile the choice is a fact of the process, not part of the graph.
-@torch.compiler.assume_constant_result
+@constant_result
 def _two_calls(device_type: str) -> bool:
     """Whether the layers' own kernels serve this device and this op has none there."""
     return device_type != "cuda" and forced_backend() in (None, "cpu")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sparsebert.ops._backend import OPS
 
-few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Two classes of one file run the same examples, each by its own fixtures.
+_fine = [HealthCheck.function_scoped_fixture, HealthCheck.differing_executors, HealthCheck.too_slow]
+few = settings(max_examples=6, deadline=None, suppress_health_check=_fine)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +46,7 @@ class MapPromises:
     of: ClassVar[Any]
     """An instance of the class in tests/ops."""
     sizes: ClassVar[tuple[tuple[int, ...], ...]] = (
-        (1, 1, 1, 2, 2), (2, 3, 5, 4, 8), (2, 2, 17, 20, 33), (1, 1, 64, 16, 64), (1, 1, 131, 64, 64),
+        (1, 1, 1, 2, 2), (2, 3, 5, 4, 8), (2, 2, 17, 20, 33), (1, 1, 64, 16, 64), (1, 1, 90, 64, 64),
     )  # fmt: skip
     """Batch, heads, seq, the student's width, the teacher's."""
 

@@ -24,7 +24,7 @@ def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
         pytest.skip("triton is not installed")
     # A process of its own: in this one the kernels may be the interpreter's.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compiled", request.param, "--json"]
+    command = [sys.executable, "-m", "benchmarks.compiled", request.param, "--json", "--brief"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.stdout.startswith("["), done.stderr
     return list(json.loads(done.stdout))
