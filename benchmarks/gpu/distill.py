@@ -112,7 +112,7 @@ def _race(
     calls = {OURS: of(ours), **{name: of(call) for name, call in others.items()}}
     row = bench.compare(
         case, make, calls, check=Check(exact, least=EXACT), limit=limit, limit_from=limit_from,
-        targets=[*targets, Target("G25", "value", EXACT, key="error")], graph=False,
+        targets=[*(t for t in targets if not t.key), Target("G25", "value", EXACT, key="error")], graph=False,
     )  # fmt: skip
     if row is None:
         return
