@@ -13,7 +13,7 @@ from sparsebert.ops.hidden_cosine import hidden_cosine
 from sparsebert.ops.hidden_mse import hidden_mse
 from sparsebert.ops.masked_embedding import masked_embedding
 from sparsebert.ops.masked_linear import masked_linear
-from sparsebert.ops.masked_weight import masked_weight
+from sparsebert.ops.masked_weight import masked_weight, masked_weights
 from sparsebert.ops.nm_mask import nm_mask
 from sparsebert.ops.relation_kl import relation_kl
 from sparsebert.ops.select_mask import select_mask, threshold_mask
@@ -35,6 +35,7 @@ __all__ = [
     "masked_embedding",
     "masked_linear",
     "masked_weight",
+    "masked_weights",
     "nm_mask",
     "pack_bits",
     "relation_kl",
