@@ -16,7 +16,7 @@ from sparsebert.patterns.matrix import Matrix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LAYOUTS", "MASKED", "Layout", "layout_of", "prunable_matrices", "sparsity_report"]
+__all__ = ["LAYOUTS", "MASKED", "Layout", "heads_of", "layout_of", "prunable_matrices", "sparsity_report"]
 
 EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
@@ -34,6 +34,10 @@ class Layout:
     """Name of the module list of encoder layers."""
     linears: tuple[tuple[str, str], ...]
     """(component, module name inside a layer), in the order they run."""
+    attention: str
+    """The module, in a layer, that splits its width into heads."""
+    heads: str
+    """What that module calls the number of its heads."""
 
 
 _BERT = Layout(
@@ -46,6 +50,8 @@ _BERT = Layout(
         ("ffn_in", "intermediate.dense"),
         ("ffn_out", "output.dense"),
     ),
+    "attention.self",
+    "num_attention_heads",
 )
 _DISTILBERT = Layout(
     "transformer.layer",
@@ -57,6 +63,8 @@ _DISTILBERT = Layout(
         ("ffn_in", "ffn.lin1"),
         ("ffn_out", "ffn.lin2"),
     ),
+    "attention",
+    "n_heads",
 )
 
 LAYOUTS: dict[str, Layout] = {"bert": _BERT, "roberta": _BERT, "distilbert": _DISTILBERT}
@@ -71,6 +79,13 @@ def layout_of(base: PreTrainedModel) -> Layout:
     return LAYOUTS[kind]
 
 
+def heads_of(base: PreTrainedModel) -> list[int]:
+    """Attention heads of every encoder layer, by its module: where they differ, the configuration has none."""
+    layout = layout_of(base)
+    layers: Any = base.get_submodule(layout.layers)
+    return [int(getattr(layer.get_submodule(layout.attention), layout.heads)) for layer in layers]
+
+
 def prunable_matrices(base: PreTrainedModel, masked: Sequence[str] = ("encoder",)) -> list[Matrix]:
     """The matrices of `base` that `masked` names, in the order they run.
 
@@ -78,7 +93,8 @@ def prunable_matrices(base: PreTrainedModel, masked: Sequence[str] = ("encoder",
     FFN out, then the pooler. Biases, LayerNorm and task heads are never among them.
 
     Args:
-        base: a BERT, RoBERTa or DistilBERT model; its modules may be replaced ones that keep a `weight`.
+        base: a BERT, RoBERTa or DistilBERT model; its modules may be replaced ones that keep a `weight`, its layers
+            may be of different widths (`remove_structure`).
         masked: words of `MASKED`; order and repeats do not matter.
 
     Raises:
@@ -94,8 +110,7 @@ def prunable_matrices(base: PreTrainedModel, masked: Sequence[str] = ("encoder",
     tables = [name for name in EMBEDDINGS if _wants_table(base, name, words)]
     matrices = [_matrix(base, f"embeddings.{name}", name) for name in tables]
     if "encoder" in words:
-        heads = int(base.config.num_attention_heads)
-        for index in range(len(base.get_submodule(layout.layers))):  # type: ignore[arg-type]
+        for index, heads in enumerate(heads_of(base)):
             for component, name in layout.linears:
                 full = f"{layout.layers}.{index}.{name}"
                 matrices.append(_matrix(base, full, component, index, heads if component in ATTENTION else 0))
