@@ -16,7 +16,16 @@ from sparsebert.patterns.matrix import Matrix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LAYOUTS", "MASKED", "Layout", "heads_of", "layout_of", "prunable_matrices", "sparsity_report"]
+__all__ = [
+    "LAYOUTS",
+    "MASKED",
+    "Layout",
+    "heads_of",
+    "in_a_few_words",
+    "layout_of",
+    "prunable_matrices",
+    "sparsity_report",
+]
 
 EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
@@ -84,6 +93,13 @@ def heads_of(base: PreTrainedModel) -> list[int]:
     layout = layout_of(base)
     layers: Any = base.get_submodule(layout.layers)
     return [int(getattr(layer.get_submodule(layout.attention), layout.heads)) for layer in layers]
+
+
+def in_a_few_words(base: PreTrainedModel) -> str:
+    """Kind and sizes of a base model, to be shown: "bert, 12 layers, width 768, 12 heads"."""
+    config, heads = base.config, sorted(set(heads_of(base)))
+    counts = f"{heads[0]} to {heads[-1]}" if len(heads) > 1 else str(heads[0])
+    return f"{config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}, {counts} heads"
 
 
 def prunable_matrices(base: PreTrainedModel, masked: Sequence[str] = ("encoder",)) -> list[Matrix]:
