@@ -60,12 +60,21 @@ struct Eight {
   float lane[kUnit];
 };
 
+// A pointer out of a table may lead anywhere, for all the compiler knows; the tensors' memory is the device's own.
+template <typename T>
+SB_HOST_DEVICE T* global(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // `count` of the 8 values from `index` on; the others are 0. `wide`: 16-byte loads, for which the pointer at `index`
 // must be aligned and all 8 be there.
 SB_HOST_DEVICE inline Eight load_eight(Float type, const void* from, int64_t index, int64_t count, bool wide) {
   Eight result;
   if (type == Float::f32) {
-    const float* x = static_cast<const float*>(from) + index;
+    const float* x = static_cast<const float*>(global(from)) + index;
     if (wide) {
       const Words low = *reinterpret_cast<const Words*>(x), high = *reinterpret_cast<const Words*>(x + 4);
 #pragma unroll
@@ -79,7 +88,7 @@ SB_HOST_DEVICE inline Eight load_eight(Float type, const void* from, int64_t ind
     }
     return result;
   }
-  const uint16_t* x = static_cast<const uint16_t*>(from) + index;
+  const uint16_t* x = static_cast<const uint16_t*>(global(from)) + index;
   if (wide) {
     const Words pairs = *reinterpret_cast<const Words*>(x);
 #pragma unroll
@@ -98,7 +107,7 @@ SB_HOST_DEVICE inline Eight load_eight(Float type, const void* from, int64_t ind
 SB_HOST_DEVICE inline void store_eight(
     Float type, void* to, int64_t index, int64_t count, bool wide, const Eight& values) {
   if (type == Float::f32) {
-    float* out = static_cast<float*>(to) + index;
+    float* out = static_cast<float*>(global(to)) + index;
     if (wide) {
       Words low, high;
 #pragma unroll
@@ -116,7 +125,7 @@ SB_HOST_DEVICE inline void store_eight(
     }
     return;
   }
-  uint16_t* out = static_cast<uint16_t*>(to) + index;
+  uint16_t* out = static_cast<uint16_t*>(global(to)) + index;
   if (wide) {
     Words pairs;
 #pragma unroll
@@ -150,7 +159,7 @@ SB_HOST_DEVICE inline uint32_t kept_of_matrix(const uint8_t* bits, const Grid& g
   uint32_t kept = 0;
   for (int j = 0; j < kUnit; ++j) {
     if (j >= count) break;
-    kept |= static_cast<uint32_t>(is_kept(bits, cell)) << j;
+    kept |= static_cast<uint32_t>(is_kept(global(bits), cell)) << j;
     if (++col == cols) {
       col = across = 0;
       cell = grid.cell(++row, 0);

@@ -246,7 +246,7 @@ SB_HOST_DEVICE void settle_ties(Block& block, const SelectJob& job) {
 // A unit's byte of the mask, and its part of the masked copy where that has a weight to a bit.
 SB_HOST_DEVICE inline void write_unit(const SelectEntry& entry, int64_t unit, uint32_t kept) {
   const int64_t count = count_in(entry, unit);
-  entry.bits[unit] = static_cast<uint8_t>(kept);
+  global(entry.bits)[unit] = static_cast<uint8_t>(kept);
   if (entry.out == nullptr || !entry.elementwise()) return;
   const bool wide = entry.wide_matrix && count == kUnit;
   const Eight weights = load_eight(entry.weight_type, entry.weight, unit * kUnit, count, wide);
@@ -343,7 +343,7 @@ SB_HOST_DEVICE void spoil(Block& block, const SelectJob& job) {
   const int64_t end = share_begin(job.units, block.id + 1, block.blocks);
   block.threads([&](int64_t thread) {
     for_units(job, begin + thread, end, block.size, [&](const SelectEntry& entry, int64_t, int64_t unit, int64_t) {
-      entry.bits[unit] = 0;
+      global(entry.bits)[unit] = 0;
       if (entry.out == nullptr || !entry.elementwise() || job.spare) return;
       const int64_t count = count_in(entry, unit);
       Eight values;

@@ -63,6 +63,24 @@ class OnDevice {
   cudaStream_t stream_ = nullptr;
 };
 
+// This block, as the bodies see it that run on the host too (blocks.h).
+template <typename Shared, int64_t kSize>
+struct DeviceBlock {
+  static constexpr int64_t size = kSize;
+  Shared& shared;
+  uint32_t* keys;
+  int64_t id;
+  int64_t blocks;
+
+  template <typename F>
+  SB_HOST_DEVICE void threads(F&& step) {
+#if defined(__CUDA_ARCH__)
+    step(static_cast<int64_t>(threadIdx.x));
+    __syncthreads();
+#endif
+  }
+};
+
 inline void check_cuda(const Tensor& tensor, const Tensor& first, const char* name) {
   STD_TORCH_CHECK(tensor.is_cuda(), name, ": expected a CUDA tensor");
   STD_TORCH_CHECK(tensor.get_device_index() == first.get_device_index(), name, ": expected on the device of the others");

@@ -14,24 +14,8 @@ namespace {
 
 // As many as leave 80 registers to each.
 constexpr int64_t kThreads = 768;
-struct DeviceBlock {
-  static constexpr int64_t size = kThreads;
-  SelectShared& shared;
-  uint32_t* keys;
-  int64_t id;
-  int64_t blocks;
-
-  template <typename F>
-  SB_HOST_DEVICE void threads(F&& step) {
-#if defined(__CUDA_ARCH__)
-    step(static_cast<int64_t>(threadIdx.x));
-    __syncthreads();
-#endif
-  }
-};
-
 struct DeviceLaunch {
-  using Block = DeviceBlock;
+  using Block = DeviceBlock<SelectShared, kThreads>;
   Block block;
 
   template <typename F>
