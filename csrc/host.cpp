@@ -164,6 +164,11 @@ PYBIND11_MODULE(_host, m) {
       "emulate_split", &emulate_split, py::arg("product"), py::arg("weight"), py::arg("bits"), py::arg("grid"),
       py::arg("score_grad"), py::arg("weight_grad"), py::arg("blocks"), py::arg("backwards"),
       "The CUDA split_weight_grad on buffers; None for a result that is not wanted.");
+  py::dict layout;
+  layout["select_shared"] = sparsebert::kSelectSharedBytes;
+  layout["split_segment"] = int64_t{sparsebert::SplitTiles::kSegment};
+  layout["split_cols"] = int64_t{sparsebert::SplitTiles::kCols};
+  m.attr("cuda_layout") = layout;
   m.attr("compiler") = __VERSION__;
   m.attr("flags") = SB_FLAGS;
 }

@@ -83,6 +83,9 @@ struct SelectShared {
   bool in_order;    // this block's equals are partly pruned, the earlier ones
 };
 
+// Where a block's keys begin in its shared memory.
+constexpr int64_t kSelectSharedBytes = (sizeof(SelectShared) + 15) / 16 * 16;
+
 // f(entry, its place, unit within it, unit among all) for every `step`-th unit from `first` on.
 template <typename F>
 SB_HOST_DEVICE void for_units(const SelectJob& job, int64_t first, int64_t end, int64_t step, F&& f) {
@@ -93,9 +96,11 @@ SB_HOST_DEVICE void for_units(const SelectJob& job, int64_t first, int64_t end, 
     if (job.entry(middle).first_unit <= first) at = middle;
     else high = middle;
   }
+  // A copy: what is used of it stays in registers from unit to unit.
+  SelectEntry entry = job.entry(at);
   for (int64_t unit = first; unit < end; unit += step) {
-    while (unit >= job.entry(at).first_unit + units_for(job.entry(at).count)) ++at;
-    f(job.entry(at), at, unit - job.entry(at).first_unit, unit);
+    while (unit >= entry.first_unit + units_for(entry.count)) entry = job.entry(++at);
+    f(entry, at, unit - entry.first_unit, unit);
   }
 }
 
@@ -209,7 +214,8 @@ SB_HOST_DEVICE void find_digit(Block& block, const SelectJob& job) {
     if (thread != 0) return;
     s.rank -= s.seen;
     s.prefix = s.next_prefix;
-    s.collect = !s.from_cache && s.own <= static_cast<uint64_t>(job.capacity);
+    // For the round after the next; the last one has none.
+    s.collect = R == 0 && !s.from_cache && s.own <= static_cast<uint64_t>(job.capacity);
   });
 }
 

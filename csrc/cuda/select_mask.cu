@@ -12,8 +12,8 @@
 namespace sparsebert {
 namespace {
 
-// As many as leave 80 registers to each.
-constexpr int64_t kThreads = 768;
+// As many as leave 96 registers to each: one block fills a multiprocessor.
+constexpr int64_t kThreads = 640;
 struct DeviceLaunch {
   using Block = DeviceBlock<SelectShared, kThreads>;
   Block block;
@@ -30,14 +30,12 @@ struct DeviceLaunch {
   SB_HOST_DEVICE Block& any() { return block; }
 };
 
-constexpr int64_t kSharedBytes = (sizeof(SelectShared) + 15) / 16 * 16;
-
 __global__ void __launch_bounds__(kThreads, 1)
     select_kernel(const __grid_constant__ SelectJob job) {
   extern __shared__ uint4 memory[];
   auto* bytes = reinterpret_cast<uint8_t*>(memory);
   DeviceLaunch launch{
-      {*reinterpret_cast<SelectShared*>(bytes), reinterpret_cast<uint32_t*>(bytes + kSharedBytes),
+      {*reinterpret_cast<SelectShared*>(bytes), reinterpret_cast<uint32_t*>(bytes + kSelectSharedBytes),
        static_cast<int64_t>(blockIdx.x), static_cast<int64_t>(gridDim.x)}};
   run_select(launch, job);
 }
@@ -112,8 +110,8 @@ void launch_select(const OnDevice& device, SelectJob job, const std::vector<Sele
     job.many = to;
   }
   const int64_t room = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  job.capacity = (room - kSharedBytes) / int64_t{kUnit * sizeof(uint32_t)} * kUnit;
-  const int64_t shared = kSharedBytes + job.capacity * int64_t{sizeof(uint32_t)};
+  job.capacity = (room - kSelectSharedBytes) / int64_t{kUnit * sizeof(uint32_t)} * kUnit;
+  const int64_t shared = kSelectSharedBytes + job.capacity * int64_t{sizeof(uint32_t)};
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   const auto blocks = static_cast<unsigned>(blocks_for(device, std::max(job.units, job.matrix_units)));
