@@ -68,7 +68,7 @@ def values(draw: st.DrawFn, count: int) -> Tensor:
 def launches(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "blocks": draw(st.integers(1, 9)),
-        "threads": draw(st.sampled_from([1, 2, 32, 33, 64, 768])),
+        "threads": draw(st.sampled_from([1, 2, 32, 33, 64, 640])),
         "capacity": 8 * draw(st.sampled_from([0, 1, 4, 1000])),
         "backwards": draw(st.booleans()),
     }
