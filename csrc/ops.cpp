@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def("threshold_mask(Tensor[] scores, float threshold, Tensor[] weights, Tensor(a!)[] bits, Tensor(b!)[] out) -> ()");
   m.def("nm_mask(Tensor scores, int n, int m, float? threshold) -> Tensor");
   m.def("masked_weight(Tensor weight, Tensor bits, int[] grid, Tensor(a!) out) -> ()");
+  m.def("masked_weights(Tensor[] weights, Tensor[] bits, Tensor(a!)[] out) -> ()");
   m.def(
       "masked_linear(Tensor x, Tensor weight, Tensor masked_weight, Tensor? scores, Tensor? bits, Tensor? bias, "
       "int[] grid) -> Tensor");

@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    import tiny
 
 # A first example may wait for the compiled extension to be built; no test may depend on the clock.
 settings.register_profile("sparsebert", deadline=None, max_examples=25, print_blob=True)
 settings.load_profile("sparsebert")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices take longer on several threads than on one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tiny.Workshop:
+    """A folder with a pre-trained model and a task, shared by a module's tests; one thread."""
+    import tiny
+
+    from sparsebert.training.quiet import quiet
+
+    quiet()
+    return tiny.Workshop(tmp_path_factory.mktemp("workshop"))

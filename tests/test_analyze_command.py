@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-import torch
 
 from sparsebert.analyze import main
 from sparsebert.training.quiet import quiet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEW = ("--max-samples", "8", "--seeds", "0", "--head-steps", "3")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices take longer on several threads than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,14 @@ import torch
 from sparsebert.benchmark import main
 from sparsebert.nn import remember
 from sparsebert.reports import measure as measuring
-from sparsebert.training.quiet import quiet
 
 QUICK = ("--repeats", "1", "--threads", "1", "--batch-sizes", "2", "--precisions", "fp32", "--no-memory", "--against")
 
 
 @pytest.fixture(autouse=True)
-def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """One thread, and no measured choice in the user's own file."""
     monkeypatch.setattr(remember, "path", lambda: tmp_path / "choices.json")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
-    quiet()
-    return tiny.Workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

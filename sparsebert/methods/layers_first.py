@@ -12,6 +12,7 @@ from sparsebert.methods.base import Phase, TrainingModule, check_setting
 from sparsebert.methods.distilling import Term, projection
 from sparsebert.methods.kd import LogitSettings, check_logits, logit_terms
 from sparsebert.methods.student import STUDENT_DEFAULTS, DistillPhase, StudentMethod, StudentSettings
+from sparsebert.models.prunable import heads_of, prunable_matrices
 
 __all__ = ["LAYERS_FIRST_DEFAULTS", "LayersFirst", "LayersPhase", "LayersSettings"]
 
@@ -121,10 +122,13 @@ def check_relation_heads(method: StudentMethod, heads: int) -> int:
     """Relation heads as they are used; 0 asks for as many as the student has attention heads.
 
     Raises:
-        UserError: a number that does not divide both widths.
+        UserError: a number that does not divide the widths of all layers.
     """
-    mine, theirs = method.widths()
-    used = heads or int(method.context.model.base.config.num_attention_heads)
-    fits = used >= 1 and mine % used == 0 and theirs % used == 0
-    check_setting("relation_heads", used, fits, f"a divisor of {math.gcd(mine, theirs)} (widths {mine} and {theirs})")
+    bases = method.context.model.base, method.teacher.base
+    # Of queries, keys and values; layers that lost heads are narrower.
+    widths = [matrix.shape[0] for base in bases for matrix in prunable_matrices(base) if matrix.component == "query"]
+    used = heads or heads_of(bases[0])[0]
+    fits = used >= 1 and all(width % used == 0 for width in widths)
+    named = " and ".join(map(str, dict.fromkeys(widths)))
+    check_setting("relation_heads", used, fits, f"a divisor of {math.gcd(*widths)} (widths {named})")
     return used

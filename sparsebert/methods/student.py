@@ -12,7 +12,7 @@ from sparsebert.methods.distilling import Distillation, Term
 from sparsebert.methods.phases import WEIGHTS_DEFAULTS, WeightsPhase, check_head_rate
 from sparsebert.models.capture import Needs, layers_of
 from sparsebert.models.cut import keep_first_layers
-from sparsebert.models.prunable import layout_of
+from sparsebert.models.prunable import heads_of, layout_of
 from sparsebert.models.task_model import TaskModel
 
 if TYPE_CHECKING:
@@ -139,10 +139,11 @@ class StudentMethod(Method):
         Args:
             instead: what to ask for where they have not.
         """
-        mine, theirs = (int(b.config.num_attention_heads) for b in (self.context.model.base, self.teacher.base))
-        if mine != theirs:
+        mine, theirs = (sorted(set(heads_of(model.base))) for model in (self.context.model, self.teacher))
+        if mine != theirs or len(mine) > 1:
+            here, there = (" or ".join(map(str, heads)) for heads in (mine, theirs))
             raise UserError(
-                f"method {self.name}: attention maps of {mine} heads (student) and {theirs} (teacher) cannot be "
+                f"method {self.name}: attention maps of {here} heads (student) and {there} (teacher) cannot be "
                 f"compared; {instead}"
             )
 

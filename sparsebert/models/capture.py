@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsebert.models.prunable import layout_of
+from sparsebert.models.prunable import heads_of, layout_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -91,7 +91,7 @@ class Capture:
         self._handles.clear()
 
     def _take(self, module: nn.Module, into: dict[int, Tensor], number: int, heads: bool = False) -> None:
-        count = int(self.base.config.num_attention_heads)
+        count = heads_of(self.base)[number - 1] if heads else 0
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             state = output[0] if isinstance(output, tuple) else output

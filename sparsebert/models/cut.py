@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparsebert.errors import UserError
 from sparsebert.models.capture import layers_of
+from sparsebert.models.per_layer import write_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,3 +26,5 @@ def keep_first_layers(base: PreTrainedModel, count: int) -> None:
     del layers[count:]
     # DistilBERT's own name for it is `n_layers`, which its configuration maps.
     base.config.num_hidden_layers = count
+    if base.config.is_heterogeneous:
+        write_widths(base)

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsebert.errors import UserError
 from sparsebert.models.capture import layers_of
+from sparsebert.models.per_layer import widths_of
 from sparsebert.models.prunable import layout_of
 from sparsebert.models.task_model import TaskModel
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_graft", "grafted", "inherit"]
 
-_ALIKE = ("model_type", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_ALIKE = ("model_type", "hidden_size", "vocab_size", "max_position_embeddings")
 """What two models must have in common, by the configuration's names, for one's layers to run inside of the other."""
 
 
@@ -27,7 +28,8 @@ def check_graft(model: TaskModel, donor: TaskModel) -> None:
     can stand in for as many layers of the donor each: the donor has a multiple of the layers."""
     mine, theirs = model.base.config, donor.base.config
     pairs = [(name, getattr(mine, name, None), getattr(theirs, name, None)) for name in _ALIKE]
-    pairs += [("intermediate_size", _neurons(model.base), _neurons(donor.base))]
+    widths = ("num_attention_heads", "intermediate_size")
+    pairs += list(zip(widths, _widths(model.base), _widths(donor.base), strict=True))
     pairs += [("head", model.head_kind, donor.head_kind), ("pooling", model.pooling, donor.pooling)]
     if model.head_kind == "mlp":
         pairs.append(("units of the head", model.head_width, donor.head_width))
@@ -85,9 +87,6 @@ def grafted(base: PreTrainedModel, donor: PreTrainedModel, own: Sequence[bool]) 
         setattr(holder, name, mine)
 
 
-def _neurons(base: PreTrainedModel) -> int:
-    """FFN width; DistilBERT's configuration has another name for it."""
-    component = dict(layout_of(base).linears)["ffn_in"]
-    weight = layers_of(base)[0].get_submodule(component).weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[0])
+def _widths(base: PreTrainedModel) -> list[int | list[int]]:
+    """Heads and neurons; of every layer where they differ, so that only the same layers are alike."""
+    return [widths[0] if len(set(widths)) == 1 else list(widths) for widths in zip(*widths_of(base), strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsebert.errors import UserError, unknown
 from sparsebert.models.folder import check_folder, first_line
+from sparsebert.models.per_layer import build_uneven
 from sparsebert.models.plain import plain_state
 from sparsebert.models.prunable import LAYOUTS
 
@@ -157,10 +158,15 @@ def _load_weights(model: str, folder: Path | None, config: PretrainedConfig) -> 
     from transformers import AutoModel
 
     where = str(folder or model)
+    kind: Any = AutoModel
+    if config.is_heterogeneous:
+        if folder is None:
+            raise UserError(f"model: {model!r} has layers of different widths; download it and give its folder")
+        kind = _uneven_kind(config)
     try:
         # A pooler that is not in the file would draw random numbers; those of the caller stay untouched.
         with torch.random.fork_rng(devices=[]):
-            base, report = AutoModel.from_pretrained(
+            base, report = kind.from_pretrained(
                 where,
                 config=config,
                 dtype=torch.float32,
@@ -171,6 +177,8 @@ def _load_weights(model: str, folder: Path | None, config: PretrainedConfig) -> 
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     except Exception as error:  # as for the configuration
         if folder is None:
             raise _hub_error(model, error) from error
@@ -194,6 +202,20 @@ def _load_weights(model: str, folder: Path | None, config: PretrainedConfig) -> 
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{where}: {name} holds NaN or infinite numbers; the checkpoint is damaged")
     return base
+
+
+def _uneven_kind(config: PretrainedConfig) -> Any:
+    """A stand-in for the class of `config` whose `from_pretrained` builds layers of different widths."""
+    from transformers import MODEL_MAPPING
+
+    kind: Any = MODEL_MAPPING[type(config)]
+
+    class Uneven(kind):
+        # What it returns is no instance of this class but of its own, the way that build_uneven makes it.
+        def __new__(cls, config: PretrainedConfig) -> Any:
+            return build_uneven(kind, config)
+
+    return Uneven
 
 
 def _load_tokenizer(model: str, folder: Path | None, base: PreTrainedModel) -> PreTrainedTokenizerBase:

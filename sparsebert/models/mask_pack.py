@@ -19,7 +19,7 @@ from sparsebert.errors import UserError, unknown
 from sparsebert.models.folder import first_line
 from sparsebert.models.load import load_base, model_fingerprint
 from sparsebert.models.masks import pack_masks, read_bits
-from sparsebert.models.pack_layers import PackedEmbedding, PackedLinear, Running
+from sparsebert.models.pack_layers import PackedEmbedding, PackedLinear, Running, show
 from sparsebert.models.plain import plain_state
 from sparsebert.models.prunable import all_matrices
 from sparsebert.models.replace import put_folder
@@ -190,8 +190,7 @@ class MaskPack(nn.Module):
         self._check_task(task)
         # An interruption must not leave a task's name on weights that are not all its own.
         self._running.task = None
-        for layer in self._packed.values():
-            layer.show(task)
+        show(list(self._packed.values()), task)
         self._running.task = task
         return self.base if task is None else self._models[task]
 

@@ -10,9 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsebert.ops.dense_linear import dense_linear
-from sparsebert.ops.masked_weight import masked_weight
+from sparsebert.ops.masked_weight import masked_weight, masked_weights
 
-__all__ = ["PackedEmbedding", "PackedLinear", "Running"]
+__all__ = ["PackedEmbedding", "PackedLinear", "Running", "show"]
+
+
+@torch.no_grad()
+def show(layers: Sequence[_Packed], task: str | None) -> None:
+    """Writes the task's W·mask into every layer's `weight`, in place and in one pass; None writes the base's own."""
+    masked: list[tuple[Tensor, Tensor, Tensor]] = []
+    for layer in layers:
+        bits = layer._bits(task)
+        if bits is None:
+            layer.weight.copy_(layer.full)
+        else:
+            masked.append((layer.full, bits, layer.weight))
+    if masked:
+        masked_weights(*zip(*masked, strict=True))
 
 
 class Running:
@@ -77,15 +91,6 @@ class _Packed(nn.Module):
         if bits is not None and task is not None and bits.device != self.full.device:
             bits = self.bits[task] = bits.to(self.full.device)
         return bits
-
-    @torch.no_grad()
-    def show(self, task: str | None) -> None:
-        """Writes the task's W·mask into `weight`, in place; None writes the base's own weight."""
-        bits = self._bits(task)
-        if bits is None:
-            self.weight.copy_(self.full)
-        else:
-            masked_weight(self.full, bits, out=self.weight)
 
     def _parts(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Each group of a mixed batch, with its task."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsebert.errors import UserError, unknown
-from sparsebert.models.prunable import LAYOUTS
+from sparsebert.models.prunable import LAYOUTS, Layout, heads_of
 from sparsebert.nn.masked import MaskedLinear
 from sparsebert.nn.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["build_uneven", "remove_structure", "widths_of"]
+__all__ = ["build_uneven", "remove_structure", "widths_of", "write_widths"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,24 +33,15 @@ class _Family:
     heads: str
     """In the configuration."""
     neurons: str
-    attention: str
-    """The module, in a layer, that splits its width into heads."""
-    heads_in_module: str
     activation: str
     """The module, in a layer, between the two linears of the feed-forward block."""
 
 
-_BERT = _Family(
-    "num_attention_heads",
-    "intermediate_size",
-    "attention.self",
-    "num_attention_heads",
-    "intermediate.intermediate_act_fn",
-)
+_BERT = _Family("num_attention_heads", "intermediate_size", "intermediate.intermediate_act_fn")
 _FAMILIES = {
     "bert": _BERT,
     "roberta": _BERT,
-    "distilbert": _Family("n_heads", "hidden_dim", "attention", "n_heads", "ffn.activation"),
+    "distilbert": _Family("n_heads", "hidden_dim", "ffn.activation"),
 }
 if set(_FAMILIES) != set(LAYOUTS):
     raise RuntimeError("every kind of model needs its names in sparsebert/models/per_layer.py")
@@ -95,18 +86,14 @@ def remove_structure(model: Model) -> Model:
         for index in range(len(_layers(encoder))):
             _shrink_heads(encoder, index)
             _shrink_neurons(encoder, index)
-        _write_widths(encoder)
+        write_widths(encoder)
     return model
 
 
 def widths_of(encoder: PreTrainedModel) -> list[tuple[int, int]]:
     """`(heads, neurons)` of every layer of a base model, as its modules have them."""
-    family = _FAMILIES[encoder.config.model_type]
-    found = []
-    for index, layer in enumerate(_layers(encoder)):
-        heads = getattr(layer.get_submodule(family.attention), family.heads_in_module)
-        found.append((int(heads), int(_linears(encoder, index)["ffn_in"].out_features)))
-    return found
+    heads = enumerate(heads_of(encoder))
+    return [(count, int(_linears(encoder, index)["ffn_in"].out_features)) for index, count in heads]
 
 
 def build_uneven(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -171,9 +158,8 @@ def _check_plain(encoder: Any, index: int, component: str) -> None:
 
 
 def _shrink_heads(encoder: Any, index: int) -> None:
-    linears, family = _linears(encoder, index), _FAMILIES[encoder.config.model_type]
-    attention = _layers(encoder)[index].get_submodule(family.attention)
-    heads = int(getattr(attention, family.heads_in_module))
+    linears, layout = _linears(encoder, index), LAYOUTS[encoder.config.model_type]
+    heads = heads_of(encoder)[index]
     value, output = linears["value"], linears["attention_output"]
     width = value.out_features // heads
     no_value = (value.weight == 0).view(heads, -1).all(1)
@@ -185,12 +171,12 @@ def _shrink_heads(encoder: Any, index: int) -> None:
     _add_constant(output, value.bias, (~kept & no_value).repeat_interleave(width))
     rows = kept.repeat_interleave(width).nonzero().squeeze(1)
     layer = _layers(encoder)[index]
-    for component, name in LAYOUTS[encoder.config.model_type].linears:
+    for component, name in layout.linears:
         if component in ("query", "key", "value"):
             _put(layer, name, _cut(linears[component], 0, rows))
         elif component == "attention_output":
             _put(layer, name, _cut(output, 1, rows))
-    _note_heads(attention, family, int(kept.sum()), width)
+    _note_heads(layer, layout, int(kept.sum()), width)
 
 
 def _shrink_neurons(encoder: Any, index: int) -> None:
@@ -242,17 +228,14 @@ def _cut(linear: nn.Linear, dim: int, kept: Tensor) -> nn.Linear:
 
 
 def _set_heads(encoder: Any, index: int, heads: int, width: int) -> None:
-    layer, family, hidden = (
-        _layers(encoder)[index],
-        _FAMILIES[encoder.config.model_type],
-        int(encoder.config.hidden_size),
-    )
-    for component, name in LAYOUTS[encoder.config.model_type].linears:
+    layer, hidden = _layers(encoder)[index], int(encoder.config.hidden_size)
+    layout = LAYOUTS[encoder.config.model_type]
+    for component, name in layout.linears:
         if component in ("query", "key", "value"):
             _put(layer, name, nn.Linear(hidden, heads * width))
         elif component == "attention_output":
             _put(layer, name, nn.Linear(heads * width, hidden))
-    _note_heads(layer.get_submodule(family.attention), family, heads, width)
+    _note_heads(layer, layout, heads, width)
 
 
 def _set_neurons(encoder: Any, index: int, neurons: int) -> None:
@@ -269,13 +252,14 @@ def _put(layer: nn.Module, name: str, linear: nn.Linear) -> None:
     setattr(layer.get_submodule(parent), child, linear)
 
 
-def _note_heads(attention: Any, family: _Family, heads: int, width: int) -> None:
-    setattr(attention, family.heads_in_module, heads)
+def _note_heads(layer: nn.Module, layout: Layout, heads: int, width: int) -> None:
+    attention: Any = layer.get_submodule(layout.attention)
+    setattr(attention, layout.heads, heads)
     if hasattr(attention, "all_head_size"):
         attention.all_head_size = heads * width
 
 
-def _write_widths(encoder: Any) -> None:
+def write_widths(encoder: Any) -> None:
     """Writes the widths that the modules have into the configuration, which a model on top of the base shares."""
     config, family, widths = encoder.config, _FAMILIES[encoder.config.model_type], widths_of(encoder)
     config.per_layer_config = None

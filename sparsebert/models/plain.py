@@ -27,9 +27,12 @@ def plain_state(base: PreTrainedModel) -> dict[str, Tensor]:
         ValueError: `base` lacks a parameter of the plain model, for example after its structure was changed.
     """
     state = base.state_dict()
-    # Only the names are wanted, so the twin is built without memory and without drawing random numbers.
+    # Only the names are wanted, so the twin is built without memory, without drawing random numbers, and with even
+    # layers: their classes cannot read widths of their own.
+    config = copy.deepcopy(base.config)
+    config.per_layer_config = None
     with torch.device("meta"):
-        twin = type(base)(copy.deepcopy(base.config))
+        twin = type(base)(config)
     names = set(twin.state_dict())
     if getattr(base, "pooler", None) is None:
         names = {name for name in names if not name.startswith("pooler.")}

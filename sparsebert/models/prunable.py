@@ -16,7 +16,16 @@ from sparsebert.patterns.matrix import Matrix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LAYOUTS", "MASKED", "Layout", "layout_of", "prunable_matrices", "sparsity_report"]
+__all__ = [
+    "LAYOUTS",
+    "MASKED",
+    "Layout",
+    "heads_of",
+    "in_a_few_words",
+    "layout_of",
+    "prunable_matrices",
+    "sparsity_report",
+]
 
 EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
@@ -34,6 +43,10 @@ class Layout:
     """Name of the module list of encoder layers."""
     linears: tuple[tuple[str, str], ...]
     """(component, module name inside a layer), in the order they run."""
+    attention: str
+    """The module, in a layer, that splits its width into heads."""
+    heads: str
+    """What that module calls the number of its heads."""
 
 
 _BERT = Layout(
@@ -46,6 +59,8 @@ _BERT = Layout(
         ("ffn_in", "intermediate.dense"),
         ("ffn_out", "output.dense"),
     ),
+    "attention.self",
+    "num_attention_heads",
 )
 _DISTILBERT = Layout(
     "transformer.layer",
@@ -57,6 +72,8 @@ _DISTILBERT = Layout(
         ("ffn_in", "ffn.lin1"),
         ("ffn_out", "ffn.lin2"),
     ),
+    "attention",
+    "n_heads",
 )
 
 LAYOUTS: dict[str, Layout] = {"bert": _BERT, "roberta": _BERT, "distilbert": _DISTILBERT}
@@ -71,6 +88,20 @@ def layout_of(base: PreTrainedModel) -> Layout:
     return LAYOUTS[kind]
 
 
+def heads_of(base: PreTrainedModel) -> list[int]:
+    """Attention heads of every encoder layer, by its module: where they differ, the configuration has none."""
+    layout = layout_of(base)
+    layers: Any = base.get_submodule(layout.layers)
+    return [int(getattr(layer.get_submodule(layout.attention), layout.heads)) for layer in layers]
+
+
+def in_a_few_words(base: PreTrainedModel) -> str:
+    """Kind and sizes of a base model, to be shown: "bert, 12 layers, width 768, 12 heads"."""
+    config, heads = base.config, sorted(set(heads_of(base)))
+    counts = f"{heads[0]} to {heads[-1]}" if len(heads) > 1 else str(heads[0])
+    return f"{config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}, {counts} heads"
+
+
 def prunable_matrices(base: PreTrainedModel, masked: Sequence[str] = ("encoder",)) -> list[Matrix]:
     """The matrices of `base` that `masked` names, in the order they run.
 
@@ -78,7 +109,8 @@ def prunable_matrices(base: PreTrainedModel, masked: Sequence[str] = ("encoder",
     FFN out, then the pooler. Biases, LayerNorm and task heads are never among them.
 
     Args:
-        base: a BERT, RoBERTa or DistilBERT model; its modules may be replaced ones that keep a `weight`.
+        base: a BERT, RoBERTa or DistilBERT model; its modules may be replaced ones that keep a `weight`, its layers
+            may be of different widths (`remove_structure`).
         masked: words of `MASKED`; order and repeats do not matter.
 
     Raises:
@@ -94,8 +126,7 @@ def prunable_matrices(base: PreTrainedModel, masked: Sequence[str] = ("encoder",
     tables = [name for name in EMBEDDINGS if _wants_table(base, name, words)]
     matrices = [_matrix(base, f"embeddings.{name}", name) for name in tables]
     if "encoder" in words:
-        heads = int(base.config.num_attention_heads)
-        for index in range(len(base.get_submodule(layout.layers))):  # type: ignore[arg-type]
+        for index, heads in enumerate(heads_of(base)):
             for component, name in layout.linears:
                 full = f"{layout.layers}.{index}.{name}"
                 matrices.append(_matrix(base, full, component, index, heads if component in ATTENTION else 0))

@@ -17,6 +17,7 @@ from sparsebert.models.folder import WEIGHTS, check_folder, first_line
 from sparsebert.models.prunable import LAYOUTS
 from sparsebert.models.sparse_build import build, fill
 from sparsebert.models.sparse_folder import FORMAT_VERSION, SECTION, save_pretrained
+from sparsebert.models.sparse_shown import show_itself
 from sparsebert.models.storage import HEAD_FILES, load_head, load_model
 from sparsebert.models.task_model import TaskModel
 from sparsebert.nn.sparsification import Sparsification
@@ -54,7 +55,8 @@ class AutoSparseModel:
         - a plain checkpoint with uneven widths (`per_layer_config`), as `remove_structure` leaves them: dense.
 
         The model has two attributes beside what its class has: `sparsification`, a report of its layers, and
-        `provenance`, a dict with the sparsity `pattern` and the `base_model` (`name`, `sha256`).
+        `provenance`, a dict with the sparsity `pattern` and the `base_model` (`name`, `sha256`). In a notebook and
+        through rich it shows what its layers are stored in.
 
         Args:
             directory: the folder; nothing is ever looked up on the network, nothing unpickled, no code in it run.
@@ -90,6 +92,7 @@ class AutoSparseModel:
         else:
             model = _from_sparse(folder, raw, verify, attn_implementation, dtype)
         model.save_pretrained = types.MethodType(save_pretrained, model)
+        show_itself(model)
         return model
 
 

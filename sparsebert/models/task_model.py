@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sparsebert._html import table
 from sparsebert._show import rich_table
 from sparsebert.errors import unknown
+from sparsebert.models.prunable import in_a_few_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -197,10 +198,9 @@ class TaskModel(nn.Module):
 
     def _shown(self) -> list[tuple[str, str]]:
         """What a glance at the model shows: name and value."""
-        config, outputs = self.base.config, ", ".join(self.label_names) or str(self.num_labels)
-        layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+        outputs = ", ".join(self.label_names) or str(self.num_labels)
         return [
-            ("base", f"{config.model_type}, {layers} layers, width {width}, {config.num_attention_heads} heads"),
+            ("base", in_a_few_words(self.base)),
             ("task", f"{self.kind}: {outputs}"),
             ("head", self.head_kind if self.kind == "span" else f"{self.head_kind}, {self.pooling}"),
             ("parameters", f"{sum(parameter.numel() for parameter in self.parameters()):,}"),

@@ -17,7 +17,7 @@ from sparsebert.ops.hidden_mse import hidden_mse
 from sparsebert.ops.linear_soft_cross_entropy import linear_soft_cross_entropy
 from sparsebert.ops.masked_embedding import masked_embedding
 from sparsebert.ops.masked_linear import masked_linear
-from sparsebert.ops.masked_weight import masked_weight
+from sparsebert.ops.masked_weight import masked_weight, masked_weights
 from sparsebert.ops.nm_mask import nm_mask
 from sparsebert.ops.relation_kl import relation_kl
 from sparsebert.ops.select_mask import select_mask, threshold_mask
@@ -43,6 +43,7 @@ __all__ = [
     "masked_embedding",
     "masked_linear",
     "masked_weight",
+    "masked_weights",
     "nm_mask",
     "pack_bits",
     "relation_kl",

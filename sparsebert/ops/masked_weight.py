@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsebert.ops._backend import Op
 from sparsebert.ops.bits import check_bits, check_grid, expand_grid, unpack_bits
 
-__all__ = ["masked_weight", "masked_weight_reference"]
+__all__ = ["masked_weight", "masked_weight_reference", "masked_weights", "masked_weights_reference"]
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,25 +41,71 @@ def masked_weight(
     """
     cells = tuple(weight.shape) if grid is None else tuple(grid)
     check_grid(weight.shape, cells)
-    check_bits(bits, cells[0] * cells[1])
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     elif dtype is not None and dtype != out.dtype:
         raise ValueError(f"dtype: {dtype} does not fit out, which is {out.dtype}; give one of the two")
-    check_out("out", out, weight)
-    if bits.device != weight.device:
-        raise ValueError(f"bits: expected on {weight.device} like weight, got {bits.device}")
-    supported = weight.dtype in COMPUTE_DTYPES and out.dtype in COMPUTE_DTYPES and weight.is_contiguous()
+    _check(weight, cells, bits, out)
     with torch.no_grad():
-        _op.pick(weight.device, supported)(weight, bits, list(cells), out)
+        _op.pick(weight.device, _supported(weight, out))(weight, bits, list(cells), out)
     bump_versions([out])
     return out
+
+
+def masked_weights(weights: Sequence[Tensor], bits: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """`masked_weight` of many matrices, one bit to a weight, in one pass that shares them among the threads.
+
+    On a CPU a result of 32 MB or more in all is written past the caches, which could not keep it.
+
+    Args:
+        weights: `[N, K]` each, any float dtype, contiguous, all on one device.
+        bits: for each uint8 `[ceil(N * K / 8)]`, 1 = kept.
+        out: for each `[N, K]` contiguous, written in place; it may be the weight itself.
+
+    Raises:
+        ValueError: sizes, dtypes or devices that do not fit, named.
+    """
+    if not len(weights) == len(bits) == len(out):
+        raise ValueError(f"bits, out: expected {len(weights)}, one for each weight, got {len(bits)} and {len(out)}")
+    for place, (weight, packed, result) in enumerate(zip(weights, bits, out, strict=True)):
+        if weight.dim() != 2:
+            raise ValueError(f"weights[{place}]: expected [N, K], got {list(weight.shape)}")
+        _check(weight, weight.shape, packed, result)
+        if weight.device != weights[0].device:
+            raise ValueError(f"weights: expected all on {weights[0].device}, got {weight.device} too")
+    if not weights:
+        return
+    supported = all(_supported(weight, result) for weight, result in zip(weights, out, strict=True))
+    if weights[0].device.type != "cpu" or not supported:
+        for weight, packed, result in zip(weights, bits, out, strict=True):
+            masked_weight(weight, packed, out=result)
+        return
+    with torch.no_grad():
+        _op_many.pick(weights[0].device)(list(weights), list(bits), list(out))
+    bump_versions(out)
+
+
+def masked_weights_reference(weights: Sequence[Tensor], bits: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """The definition: one matrix after the other."""
+    for weight, packed, result in zip(weights, bits, out, strict=True):
+        masked_weight_reference(weight, packed, weight.shape, result)
 
 
 def masked_weight_reference(weight: Tensor, bits: Tensor, grid: Sequence[int], out: Tensor) -> None:
     """The definition: bits to a bool grid, the grid to the weight's shape, select, cast."""
     kept = expand_grid(unpack_bits(bits, tuple(grid)), weight.shape)
     out.copy_(torch.where(kept, weight, torch.zeros((), dtype=weight.dtype, device=weight.device)))
+
+
+def _check(weight: Tensor, cells: Sequence[int], bits: Tensor, out: Tensor) -> None:
+    check_bits(bits, cells[0] * cells[1])
+    check_out("out", out, weight)
+    if bits.device != weight.device:
+        raise ValueError(f"bits: expected on {weight.device} like weight, got {bits.device}")
+
+
+def _supported(weight: Tensor, out: Tensor) -> bool:
+    return weight.dtype in COMPUTE_DTYPES and out.dtype in COMPUTE_DTYPES and weight.is_contiguous()
 
 
 def check_out(name: str, out: Tensor, weight: Tensor) -> None:
@@ -81,3 +127,4 @@ def bump_versions(tensors: Sequence[Tensor]) -> None:
 
 
 _op = Op("masked_weight", masked_weight_reference, lambda weight, bits, grid, out: None, mutates=("out",))
+_op_many = Op("masked_weights", masked_weights_reference, lambda weights, bits, out: None, mutates=("out",))

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsebert.errors import UserError
 from sparsebert.models.folder import first_line
 from sparsebert.models.masks import read_masks
+from sparsebert.models.per_layer import build_uneven
 from sparsebert.models.prunable import all_matrices
 from sparsebert.patterns import Matrix
 from sparsebert.training.folder import RunFolder
@@ -65,12 +66,13 @@ class RunRecord:
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """Every prunable matrix of its model by module name, in the order they run; no weight is read."""
-        from transformers import AutoConfig, AutoModel
+        from transformers import MODEL_MAPPING, AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(self.files.model)
             with torch.device("meta"):
-                base = AutoModel.from_config(config)
+                kind: Any = MODEL_MAPPING[type(config)]
+                base = build_uneven(kind, config)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.files.model}: no model of a run ({first_line(error)})") from error
         return {matrix.name: matrix for matrix in all_matrices(base)}

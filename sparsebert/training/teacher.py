@@ -6,7 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,10 @@ class Teacher:
             about = {
                 key: result[key] for key in ("method", "task", "metric", "score", "seed", "model") if key in result
             }
+            # A teacher is kept whatever the rows are that its own run was scored on.
+            rows = result.get("data", {}).get("rows", {}).get("validation")
+            if not self.given and rows != len(self.data.validation):
+                about = {name: value for name, value in about.items() if name not in ("metric", "score")}
         key = {"folder": str(self.folder.root)} if self.given else {"key": self.folder.root.name}
         return {**about, **key}
 
@@ -121,6 +125,7 @@ def _config(config: Config, data: TaskData, precision: str) -> Config:
         untouched=False,
         watch_train=False,
         text=[],
+        text_length=None,
         output=None,
         resume=None,
         config=None,
@@ -153,14 +158,22 @@ def _kept_folder(config: Config, data: TaskData, model: TaskModel) -> Path:
     settings = config.as_dict()
     for key in ("model", "data_dir"):  # where they lie does not matter, what they are does
         settings["run"].pop(key)
+    settings["run"].pop("max_eval_samples")
     about = {
         "config": settings,
         "model": model_fingerprint(model.base),
-        "data": data.fingerprint,
+        "data": _learned_from(data.fingerprint),
         "ranks": distributed.world_size(),
     }
     digest = hashlib.sha256(yaml.safe_dump(about, sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "teachers" / f"{data.spec.name}-{digest}"
+
+
+def _learned_from(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the data's fingerprint what training depends on: how many rows a score is taken on is no part of it."""
+    about: dict[str, Any] = {**fingerprint, "rows": {"train": fingerprint.get("rows", {}).get("train")}}
+    drawn = {key: value for key, value in about.pop("sample", {}).items() if key != "max_eval_samples"}
+    return about | ({"sample": drawn} if drawn.get("max_train_samples") is not None else {})
 
 
 @contextmanager

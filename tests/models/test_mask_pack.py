@@ -20,6 +20,7 @@ import tiny
 
 from sparsebert import MaskPack
 from sparsebert.errors import UserError
+from sparsebert.models import pack_layers
 from sparsebert.models.load import load_base, model_fingerprint
 from sparsebert.models.padding_free import padding_free
 from sparsebert.models.prunable import prunable_matrices
@@ -380,15 +381,15 @@ def test_what_cannot_be_run_is_refused(made: Path) -> None:
 def test_an_interrupted_switch_leaves_no_task_running(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack = MaskPack.load(made / "pack")
     pack.switch("one")
-    last = list(pack._packed.values())[-1]
 
-    def stop(task: Sequence[str]) -> None:
+    def stop(weights: Any, bits: Any, out: Sequence[Tensor]) -> None:
+        out[0].zero_()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(last, "show", stop)
+        patched.setattr(pack_layers, "masked_weights", stop)
         with pytest.raises(KeyboardInterrupt):
-            pack.switch(None)
+            pack.switch("one")
         assert pack.task is None
     before = copy.deepcopy(dict(load_base(str(made / "base"))[0].named_parameters()))
     base = pack.switch(None)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsebert.ops import masked_weight, pack_bits
+from sparsebert.ops import masked_weight, masked_weights, pack_bits
 from sparsebert.ops._backend import OPS
 
 shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -97,3 +97,56 @@ def test_opcheck(backend: str) -> None:
     op = OPS["masked_weight"].pick(torch.device("cpu"))
     bits = pack_bits(torch.rand(2, 4) < 0.5)
     torch.library.opcheck(op, (torch.randn(4, 8), bits, [2, 4], torch.empty(4, 8, dtype=torch.bfloat16)))
+
+
+def test_many_are_one_after_the_other(backend: str) -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 5), torch.randn(0, 4), torch.randn(7, 300), torch.randn(1, 1)]
+    weights[2][0, :9] = float("nan")
+    masks = [torch.rand(weight.shape) < 0.5 for weight in weights]
+    out = [
+        torch.full(weight.shape, float("nan"), dtype=dtype) for weight, dtype in zip(weights, DTYPES * 2, strict=False)
+    ]
+    before = [result._version for result in out]
+    masked_weights(weights, [pack_bits(mask) for mask in masks], out)
+    for weight, mask, result, version in zip(weights, masks, out, before, strict=True):
+        expected = torch.where(mask, weight, 0.0).to(result.dtype)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+        assert result._version > version
+    masked_weights([], [], [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_results_too_large_for_the_caches(isa: str, dtype: torch.dtype, offset: int) -> None:
+    torch.manual_seed(0)
+    rows, columns = (2 << 20) // 3 * (4 // dtype.itemsize), 13
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16).to(torch.float32)
+    mask = torch.rand(rows, columns) < 0.5
+    # Guards before and after: nothing but the result may be written, wherever it begins.
+    memory = torch.full((offset + rows * columns + 7,), 3.0, dtype=dtype)
+    out = memory[offset : offset + rows * columns].view(rows, columns)
+    assert out.nbytes > 32 << 20
+    masked_weights([weight], [pack_bits(mask)], [out])
+    assert torch.equal(out, torch.where(mask, weight, 0.0).to(dtype))
+    blocks = (rows, 1)
+    kept = torch.rand(blocks) < 0.5
+    masked_weight(weight, pack_bits(kept), blocks, out=out)
+    assert torch.equal(out, torch.where(kept, weight, 0.0).to(dtype))
+    assert bool((memory[:offset] == 3).all()) and bool((memory[-7:] == 3).all())
+
+
+def test_many_that_do_not_fit_are_named() -> None:
+    weight, bits = torch.zeros(4, 8), torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="bits, out: expected 1, one for each weight, got 0 and 1"):
+        masked_weights([weight], [], [weight])
+    with pytest.raises(ValueError, match=r"bits: expected uint8 \[4\] for 32 entries"):
+        masked_weights([weight, weight], [bits, bits[:3]], [weight, weight])
+    with pytest.raises(ValueError, match=r"weights\[1\]: expected \[N, K\]"):
+        masked_weights([weight, weight[0]], [bits, bits], [weight, weight])
+
+
+def test_opcheck_of_many(backend: str) -> None:
+    op = OPS["masked_weights"].pick(torch.device("cpu"))
+    bits = [pack_bits(torch.rand(4, 8) < 0.5), pack_bits(torch.rand(2, 3) < 0.5)]
+    torch.library.opcheck(op, ([torch.randn(4, 8), torch.randn(2, 3)], bits, [torch.empty(4, 8), torch.empty(2, 3)]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,25 +17,11 @@ from sparsebert.reports.analysis import ANALYSES, Options
 from sparsebert.reports.analysis.rank import magnitude_masks, pretrained_weights, random_masks
 from sparsebert.reports.analysis.similarity import expected_jaccard, jaccard
 from sparsebert.reports.runs import RunRecord, read_run, read_runs
-from sparsebert.training.quiet import quiet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = Options()
 QUICK = ("--untouched", "false", "--head", "linear")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices take longer on several threads than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
-    quiet()
-    return tiny.Workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

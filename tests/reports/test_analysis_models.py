@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,25 +19,11 @@ from sparsebert.reports.analysis.layers import layer_errors
 from sparsebert.reports.analysis.opened import OpenRun
 from sparsebert.reports.analysis.perturbed import SCALES
 from sparsebert.reports.runs import RunRecord, read_run
-from sparsebert.training.quiet import quiet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = Options(max_samples=24, seeds=(0, 1), head_steps=20)
 QUICK = ("--untouched", "false", "--head", "linear")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices take longer on several threads than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
-    quiet()
-    return tiny.Workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

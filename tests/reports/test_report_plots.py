@@ -8,7 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reports.pages import Page
 
-from sparsebert._html import Html, tag
+from sparsebert._html import Html, join, tag
+from sparsebert.reports.html.analyses import analysis_parts
+from sparsebert.reports.html.analysis_plots import analysis_plots
 from sparsebert.reports.html.curves import best_of
 from sparsebert.reports.html.plots import HEIGHT, WIDTH, Level, Line, Plot, Point, Upright, ticks
 
@@ -64,3 +66,62 @@ def test_a_picture_without_points_is_still_a_picture() -> None:
 def test_whatever_is_put_in_comes_out_as_text(inner: str, value: str) -> None:
     page = tag("p", inner, tag("b", "kept"), None, title=value, hidden=False)
     assert isinstance(page, Html) and page.count("<") == 4 and page.endswith("<b>kept</b></p>")
+
+
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=6))
+def test_numbers_by_their_logarithm(counts: list[int]) -> None:
+    text = Plot("t", "rows", "y", [Line("l", [Point(count, 1.0) for count in counts], 0)], log_x=True).html()
+    places = [float(pair.split(",")[0]) for pair in re.findall(r'points="([^"]+)"', text)[0].split()]
+    for one, two in zip(counts, places, strict=True):
+        for other, there in zip(counts, places, strict=True):
+            assert (one < other) <= (two <= there)
+        assert 0 <= two <= WIDTH
+    words = re.findall(r'text-anchor="middle">([^<]+)<', text)
+    assert 1 <= len(words) <= 10
+
+
+def test_ticks_of_a_logarithm() -> None:
+    text = Plot(
+        "t", "rows", "y", [Line("l", [Point(count, 1.0) for count in (100, 1000, 67000)], 0)], log_x=True
+    ).html()
+    words = re.findall(r'text-anchor="middle">([^<]+)<', text)
+    assert words == ["100", "300", "1,000", "3,000", "10,000", "30,000", "rows"]
+
+
+SCARCITY = {
+    "curves": [
+        {
+            "task": "sst2",
+            "method": "tamt",
+            "metric": "accuracy",
+            "sparsity": sparsity,
+            "points": [
+                {"rows": 100, "mean": 0.6, "std": 0.02, "scores": [0.58, 0.62]},
+                {"rows": 67349, "mean": 0.9, "std": None, "scores": [0.9]},
+            ],
+        }
+        for sparsity in (0.7, None)
+    ]
+}
+FLATNESS = {"runs": {"a<b": {"loss": 0.5, "points": [{"radius": 0.1, "mean": 0.6, "std": 0.1, "losses": [0.5, 0.7]}]}}}
+
+
+def test_scarcity_and_flatness_as_plots() -> None:
+    report = {"analyses": {"scarcity": {"data": SCARCITY}, "flatness": {"data": FLATNESS}}}
+    shown = Page(f"<html>{join(analysis_parts(report))}</html>")
+    assert shown.pictures == [
+        "sst2: scarcity of data: accuracy, points by training rows",
+        "flatness of the minimum: loss on train by distance from the weights",
+    ]
+    for words in ("tamt, 70 %", "tamt, dense", "tamt, 70 %: 100 rows, 60 ± 2", "a<b: 0.5000 as it is"):
+        assert words in shown.words
+    assert "a<b: at 0.1, 0.6 ± 0.1" in shown.words
+
+
+@given(st.recursive(st.none() | st.floats() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3)))
+def test_numbers_of_another_shape_give_no_plot(odd: object) -> None:
+    for name, good in (("scarcity", SCARCITY), ("flatness", FLATNESS)):
+        assert analysis_plots(name, odd) == [] and analysis_plots("other", good) == []
+    curve = SCARCITY["curves"][0]
+    for point in ({"rows": 0, "mean": 1.0}, {"rows": 5, "mean": float("nan")}, {"rows": 5, "mean": True}, [odd]):
+        assert analysis_plots("scarcity", {"curves": [{**curve, "points": [point]}]}) == []

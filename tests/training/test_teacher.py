@@ -56,6 +56,15 @@ def test_another_teacher_is_trained_where_it_would_be_another(shop: tiny.Worksho
     assert len(kept(shop)) == 2
 
 
+def test_what_a_teacher_does_not_depend_on_trains_no_other_one(shop: tiny.Workshop) -> None:
+    whole = shop.run("kd", *SHORT)
+    part = shop.run("kd", *SHORT, "--max-eval-samples", "8")
+    assert len(kept(shop)) == 1
+    assert part.result["teacher"]["key"] == whole.result["teacher"]["key"]
+    # Its score was taken on other rows than this run's.
+    assert "score" in whole.result["teacher"] and "score" not in part.result["teacher"]
+
+
 def test_a_given_teacher_is_taken_as_it_is(shop: tiny.Workshop) -> None:
     teacher = shop.run("finetune", "--head", "linear")
     student = shop.run("kd", "--teacher", str(teacher.folder))

@@ -1,4 +1,4 @@
-"""What `sparsebert.analyze` wrote, as tables: its own where the file holds them, else its numbers as they are."""
+"""What `sparsebert.analyze` wrote, as plots and tables: its own, else its numbers as they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparsebert._html import Html, tag
+from sparsebert.reports.html.analysis_plots import analysis_plots
 from sparsebert.reports.html.tables import plain_table
 
 __all__ = ["analysis_parts"]
@@ -23,6 +24,9 @@ def analysis_parts(content: Any) -> list[Html]:
         return _parts("analysis.json", content)
     parts: list[Html] = []
     for name, record in content["analyses"].items():
+        plots = analysis_plots(name, record.get("data")) if isinstance(record, dict) else []
+        if plots:
+            parts.append(tag("div", *(plot.html() for plot in plots), class_="plots"))
         parts += _parts(name, record)
         if isinstance(record, dict) and "command" in record:
             parts.append(tag("p", f"{record.get('date', '')}: ", tag("code", record["command"]), class_="note"))

@@ -79,6 +79,8 @@ class Plot:
     """Whether y is a share, shown in percent."""
     x_from: float | None = None
     """Where x begins at the latest."""
+    log_x: bool = False
+    """Whether x, above 0, is shown by its logarithm."""
 
     def html(self) -> Html:
         """The figure as HTML."""
@@ -90,7 +92,7 @@ class Plot:
         ys = [value for value in spread if value is not None]
         if self.x_from is not None:
             xs.append(self.x_from)
-        across = _Scale(xs, LEFT, WIDTH - RIGHT)
+        across = (_LogScale if self.log_x else _Scale)(xs, LEFT, WIDTH - RIGHT)
         up = _Scale(ys, HEIGHT - BOTTOM, TOP)
         marks = [
             *self._grid(across, up),
@@ -109,7 +111,7 @@ class Plot:
             y = up(value)
             parts.append(tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
             parts.append(tag("text", word, x=LEFT - 5, y=round(y + 4, 1), text_anchor="end"))
-        for value, word in ticks(across.low, across.high, 6, self.percent):
+        for value, word in across.ticks(6, self.percent):
             x = across(value)
             parts.append(tag("line", class_="axis", x1=x, x2=x, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM + 4))
             parts.append(tag("text", word, x=x, y=HEIGHT - BOTTOM + 16, text_anchor="middle"))
@@ -139,6 +141,31 @@ class _Scale:
     def __call__(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
         return round(self._first + share * (self._last - self._first), 1)
+
+    def ticks(self, about: int, percent: bool) -> list[tuple[float, str]]:
+        """Round numbers in its range, with their words."""
+        return ticks(self.low, self.high, about, percent)
+
+
+class _LogScale(_Scale):
+    """The same by the logarithm of numbers above 0."""
+
+    def __init__(self, values: Sequence[float], first: float, last: float) -> None:
+        super().__init__([math.log10(value) for value in values], first, last)
+
+    def __call__(self, value: float) -> float:
+        return super().__call__(math.log10(value))
+
+    def ticks(self, about: int, percent: bool) -> list[tuple[float, str]]:
+        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+        for nice in ((1, 2, 5), (1, 3), (1,)):
+            values = [step * 10.0**power for power in powers for step in nice]
+            values = [value for value in values if self.low <= math.log10(value) <= self.high]
+            if len(values) <= about:
+                break
+        if len(values) < 2:
+            return ticks(10**self.low, 10**self.high, about, percent)
+        return [(value, f"{100 * value:g} %" if percent else f"{value:,.12g}") for value in values]
 
 
 def ticks(low: float, high: float, about: int, percent: bool = False) -> list[tuple[float, str]]:
