@@ -62,7 +62,7 @@ class GradTiles:
         return max(block_rows, min(16, self.rows))
 
 
-def tiles(m: int, n: int, k: int, block: tuple[int, int], programs: int) -> GradTiles:
+def tiles(m: int, n: int, k: int, programs: int) -> GradTiles:
     """The tiles for a weight `[n, k]` and m tokens, with `programs` side by side."""
     rows, columns = (min(max(power_above(size), 16), split.LARGEST) for size in (n, k))
     count = -(-n // rows) * -(-k // columns)
@@ -116,9 +116,15 @@ def _product(
         acc = dot(tl.trans(g), v, acc)
         grad_at += DEPTH * n
         x_at += DEPTH * k
-    if SPLITS > 1 and program >= whole:
-        inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(parts + (program - whole).to(tl.int64) * (ROWS * COLUMNS) + inner, acc)
+    if SPLITS > 1:
+        if program >= whole:
+            inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            tl.store(parts + (program - whole).to(tl.int64) * (ROWS * COLUMNS) + inner, acc)
+        else:
+            split_tile(
+                acc, row, column, weight, bits, score_grad, weight_grad, n, k, cells, R, C, ROWS, COLUMNS, SCORES,
+                WEIGHT,
+            )  # fmt: skip
     else:
         split_tile(
             acc, row, column, weight, bits, score_grad, weight_grad, n, k, cells, R, C, ROWS, COLUMNS, SCORES, WEIGHT
@@ -184,7 +190,7 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     (m, n), k = grad.shape, x.shape[1]
     block = (n // grid[0], k // grid[1])
-    tile = tiles(m, n, k, block, multiprocessors(x.device))
+    tile = tiles(m, n, k, multiprocessors(x.device))
     score_grad, weight_grad = split.outputs(weight, grid, need_scores, need_weight)
     parts = score_grad
     if tile.rest:
@@ -248,7 +254,7 @@ def cost(
     if not fuses(m, n, k, block, torch.float32 if item == 4 else torch.bfloat16):
         product = Cost(read=m * (n + k) * item, written=n * k * item, flops=2 * m * n * k)
         return total + product + split.cost(n, k, block, item, weight_item, scores, weight)
-    tile = tiles(m, n, k, block, programs)
+    tile = tiles(m, n, k, programs)
     size = tile.rows * tile.columns
     parts = 4 * tile.rest * tile.splits * size
     steps = -(-m // tile.depth) * tile.whole + tile.share(m) // tile.depth * tile.splits * tile.rest
@@ -264,8 +270,8 @@ def specimens() -> list[Specimen]:
     for dtype in (torch.bfloat16, torch.float16):
         for block in ((1, 1), (64, 64)) if dtype == torch.bfloat16 else ((1, 1),):
             for shape in ((4096, 3072, 768), (256, 768, 768)):
-                found.append(_specimen(dtype, block, tiles(*shape, block, 132)))
-    return [*found, *(_added((r, r), tiles(4096, 768, 768, (r, r), 132)) for r in (1, 64, 128))]
+                found.append(_specimen(dtype, block, tiles(*shape, 132)))
+    return [*found, *(_added((r, r), tiles(4096, 768, 768, 132)) for r in (1, 64, 128))]
 
 
 def _specimen(dtype: torch.dtype, block: tuple[int, int], tile: GradTiles) -> Specimen:
