@@ -129,6 +129,23 @@ def test_what_the_mask_leaves_out_is_not_read(isa: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_with_nothing_to_attend_to_is_not_seen(isa: str, dtype: torch.dtype) -> None:
+    case = Case(sizes=(41, 50), dtype=dtype, density=0.9)
+    mask = case.mask.clone()
+    mask[:, :, 3::4] = False
+    case.lists = BlockLists.from_mask(mask, case.block)
+    clean = (*case.run(case.q, case.k, case.v), *case.gradients(case.run, dtype))
+    for x in (case.q, case.above, case.above_lse[..., None]):
+        x[:, :, 3::4] = torch.nan
+    out, lse = case.run(case.q, case.k, case.v)
+    assert torch.equal(out, clean[0]) and torch.equal(lse, clean[1])
+    given = [case.above, case.above_lse.contiguous(), case.q, case.k, case.v, out, lse]
+    rest = arguments(case.q, case.k, case.v, case.lists)[3:]
+    gradients = torch.ops.sparsebert.block_sparse_attention_backward(*given, *rest)
+    assert all(torch.equal(one, two) for one, two in zip(gradients, clean[2:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_in_what_is_attended_shows(isa: str, dtype: torch.dtype) -> None:
     q, k, v = torch.ones(3, 1, 2, 64, 32, dtype=dtype).unbind(0)
     lists = BlockLists.from_block_map(torch.eye(2, dtype=torch.bool)[None, None], (32, 32))
