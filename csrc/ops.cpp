@@ -32,6 +32,14 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
       "str activation, Tensor[] transposed) -> Tensor");
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor");
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor");
+  m.def(
+      "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor full_counts, Tensor counts, "
+      "Tensor? partial_bits, Tensor? key_mask, Tensor? cu_seqlens, Tensor[] transposed, int[] block, float scale) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "block_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor columns, Tensor full_counts, Tensor counts, Tensor? partial_bits, Tensor? key_mask, "
+      "Tensor? cu_seqlens, Tensor[] transposed, int[] block, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
       "soft_cross_entropy(Tensor student_logits, Tensor teacher_logits, Tensor? mask, float temperature, "

@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 # Public name -> module that defines it; resolved on first access (PEP 562).
 _PUBLIC: dict[str, str] = {
     "AutoSparseModel": "sparsebert.models.sparse_load",
+    "BlockLists": "sparsebert.ops",
+    "BlockSparseAttention": "sparsebert.nn",
     "MaskPack": "sparsebert.models.mask_pack",
     "MaskedEmbedding": "sparsebert.nn",
     "MaskedLinear": "sparsebert.nn",
@@ -21,9 +23,11 @@ _PUBLIC: dict[str, str] = {
     "SparseLinear": "sparsebert.nn",
     "load_sparsified": "sparsebert.nn",
     "parse_pattern": "sparsebert.patterns",
+    "register_attention": "sparsebert.nn",
     "remove_structure": "sparsebert.models.per_layer",
     "save_sparse": "sparsebert.models.sparse_folder",
     "sparsify": "sparsebert.nn",
+    "use_attention": "sparsebert.nn",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -1,5 +1,11 @@
 """Modules: training under a mask, and running a pruned weight from its sparse storage."""
 
+from sparsebert.nn.attention import (
+    BlockSparseAttention,
+    BlockSparseSelfAttention,
+    register_attention,
+    use_attention,
+)
 from sparsebert.nn.choose import Choice, choose
 from sparsebert.nn.masked import MaskedEmbedding, MaskedLinear
 from sparsebert.nn.masks import Masks
@@ -9,6 +15,8 @@ from sparsebert.nn.sparsification import Replacement, Sparsification
 from sparsebert.nn.sparsify import load_sparsified, sparsify
 
 __all__ = [
+    "BlockSparseAttention",
+    "BlockSparseSelfAttention",
     "Choice",
     "MaskedEmbedding",
     "MaskedLinear",
@@ -19,5 +27,7 @@ __all__ = [
     "choose",
     "forget_choices",
     "load_sparsified",
+    "register_attention",
     "sparsify",
+    "use_attention",
 ]
