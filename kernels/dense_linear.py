@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsebert.kernels._block_rows import capability, power_above, store_tile
+from sparsebert.kernels._block_rows import activated, capability, power_above
 from sparsebert.kernels._cost import Cost
 from sparsebert.kernels._triton import Specimen, dot, triton_type
 
@@ -86,7 +86,23 @@ def _product(
         w_at += DEPTH
     if BIAS:
         acc += tl.load(bias + tl.minimum(row, n - 1)).to(tl.float32)[None, :]
-    store_tile(acc, y + row[None, :], first_token, m, n, (row < n)[None, :], TOKENS, ROWS, ACTIVATION, 8192)
+    first_row = (inner // high).to(tl.int64) * ROWS
+    _store(acc, y, first_token, first_row, m, n, TOKENS, ROWS, ACTIVATION)
+
+
+@triton.jit
+def _store(acc, y, first_token, first_row, m, n, TOKENS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr):
+    if ROWS > 64:
+        # Halves of the columns, which every thread has of its own: fewer registers at a time.
+        HALF: tl.constexpr = ROWS // 2
+        low, high = tl.split(tl.permute(tl.reshape(acc, (TOKENS, 2, HALF)), (0, 2, 1)))
+        _store(low, y, first_token, first_row, m, n, TOKENS, HALF, ACTIVATION)
+        _store(high, y, first_token, first_row + HALF, m, n, TOKENS, HALF, ACTIVATION)
+    else:
+        token = first_token + tl.arange(0, TOKENS)
+        row = first_row + tl.arange(0, ROWS)
+        out = activated(acc, ACTIVATION).to(y.dtype.element_ty)
+        tl.store(y + token[:, None] * n + row[None, :], out, (token < m)[:, None] & (row < n)[None, :])
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

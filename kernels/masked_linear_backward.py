@@ -31,7 +31,8 @@ __all__ = ["GradTiles", "cost", "fuses", "masked_linear_backward", "specimens", 
 # launch costs in seconds.
 SLOWER = 0.15
 LAUNCH = 3e-6
-# Tokens that a part of a tile is worth.
+# Rows and columns of a tile, and tokens that a part of one is worth.
+SIDE = 128
 LEAST = 512
 
 split_tile = split.split_tile
@@ -57,14 +58,15 @@ class GradTiles:
         """Tokens of one part."""
         return -(-m // (self.splits * self.depth)) * self.depth
 
-    def added_rows(self, block_rows: int) -> int:
-        """Rows that a program of the second launch adds."""
-        return max(block_rows, min(16, self.rows))
+    def added(self, block_rows: int) -> tuple[int, int]:
+        """Rows that a program of the second launch adds, and its warps."""
+        rows = max(block_rows, 16)
+        return rows, 8 if rows * self.columns > 2048 else 4
 
 
 def tiles(m: int, n: int, k: int, programs: int) -> GradTiles:
     """The tiles for a weight `[n, k]` and m tokens, with `programs` side by side."""
-    rows, columns = (min(max(power_above(size), 16), split.LARGEST) for size in (n, k))
+    rows, columns = (min(max(power_above(size), 16), SIDE) for size in (n, k))
     count = -(-n // rows) * -(-k // columns)
     rest = count % programs
     splits = max(1, min(programs // rest, m // LEAST)) if rest else 1
@@ -217,9 +219,9 @@ def _fused(
         num_stages=tile.stages,
     )
     if tile.rest:
-        added = tile.added_rows(block[0])
+        added, warps = tile.added(block[0])
         _add[(tile.rest * (tile.rows // added),)](
-            parts, *tensors, n, k, grid[1], across, tile.whole, **constants, ADDED=added, num_warps=4
+            parts, *tensors, n, k, grid[1], across, tile.whole, **constants, ADDED=added, num_warps=warps
         )
     return score_grad, weight_grad
 
@@ -271,7 +273,7 @@ def specimens() -> list[Specimen]:
         for block in ((1, 1), (64, 64)) if dtype == torch.bfloat16 else ((1, 1),):
             for shape in ((4096, 3072, 768), (256, 768, 768)):
                 found.append(_specimen(dtype, block, tiles(*shape, 132)))
-    return [*found, *(_added((r, r), tiles(4096, 768, 768, 132)) for r in (1, 64, 128))]
+    return [*found, *(_added((r, r), tiles(4096, 768, 768, 132)) for r in (1, 64))]
 
 
 def _specimen(dtype: torch.dtype, block: tuple[int, int], tile: GradTiles) -> Specimen:
@@ -292,8 +294,9 @@ def _specimen(dtype: torch.dtype, block: tuple[int, int], tile: GradTiles) -> Sp
 
 def _added(block: tuple[int, int], tile: GradTiles) -> Specimen:
     signature = {"parts": "*fp32", **_SPLIT, **dict.fromkeys(("n", "k", "cells", "across", "whole"), "i32")}
-    constants = {**_constants(block, tile, True, True), "ADDED": tile.added_rows(block[0])}
-    return Specimen(f"{tile.splits} parts added, {block[0]}x{block[1]}", _add, signature, constants, 4)
+    added, warps = tile.added(block[0])
+    constants = {**_constants(block, tile, True, True), "ADDED": added}
+    return Specimen(f"{tile.splits} parts added, {block[0]}x{block[1]}", _add, signature, constants, warps)
 
 
 _SPLIT = {"weight": "*fp32", "bits": "*u8", "score_grad": "*fp32", "weight_grad": "*fp32"}

@@ -20,20 +20,18 @@ from sparsebert.kernels._triton import Specimen, triton_type
 
 __all__ = ["LARGEST", "cost", "divides", "outputs", "specimens", "split_tile", "split_weight_grad"]
 
-LARGEST = 128
+LARGEST = 64
 """Rows and columns of the largest block that lies in one tile."""
+# Entries of a tile that are looked at together, for the sake of registers.
+_MOST = tl.constexpr(4096)
 
 
 @triton.jit
-def split_tile(
+def _split_piece(
     p, row, column, weight, bits, score_grad, weight_grad, n, k, cells,
     R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORES: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Stores what is wanted of `p`, float32 `[ROWS, COLUMNS]` of P from (row, column) on; R x C divide the tile.
-
-    `cells` is the grid's width K / C. Sums are taken in an order fixed by the tile.
-    """
     i = row + tl.arange(0, ROWS).to(tl.int64)
     j = column + tl.arange(0, COLUMNS)
     inside = (i < n)[:, None] & (j < k)[None, :]
@@ -54,6 +52,33 @@ def split_tile(
         kept = ((byte >> (cell & 7).to(tl.int32)) & 1) != 0
         # Selected, not multiplied: a NaN in a pruned place gives 0.
         tl.store(weight_grad + at, tl.where(kept, p, 0.0).to(weight_grad.dtype.element_ty), inside)
+
+
+@triton.jit
+def split_tile(
+    p, row, column, weight, bits, score_grad, weight_grad, n, k, cells,
+    R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORES: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Stores what is wanted of `p`, float32 `[ROWS, COLUMNS]` of P from (row, column) on; R x C divide the tile.
+
+    `cells` is the grid's width K / C. Sums are taken in an order fixed by the tile.
+    """
+    if ROWS * COLUMNS > _MOST and COLUMNS > 32 and COLUMNS > C:
+        # Halves of the columns, which every thread has of its own.
+        HALF: tl.constexpr = COLUMNS // 2
+        low, high = tl.split(tl.permute(tl.reshape(p, (ROWS, 2, HALF)), (0, 2, 1)))
+        split_tile(
+            low, row, column, weight, bits, score_grad, weight_grad, n, k, cells, R, C, ROWS, HALF, SCORES, WEIGHT
+        )  # fmt: skip
+        split_tile(
+            high, row, column + HALF, weight, bits, score_grad, weight_grad, n, k, cells, R, C, ROWS, HALF, SCORES,
+            WEIGHT,
+        )  # fmt: skip
+    else:
+        _split_piece(
+            p, row, column, weight, bits, score_grad, weight_grad, n, k, cells, R, C, ROWS, COLUMNS, SCORES, WEIGHT
+        )  # fmt: skip
 
 
 @triton.jit
@@ -133,7 +158,7 @@ def outputs(weight: Tensor, grid: Sequence[int], need_scores: bool, need_weight:
 
 
 def divides(block: tuple[int, int]) -> bool:
-    """Whether blocks of this size lie in one tile, however large the tile is."""
+    """Whether blocks of this size divide every tile that is as large as they are."""
     return all(size <= LARGEST and size == power_above(size) for size in block)
 
 
@@ -166,7 +191,7 @@ def specimens() -> list[Specimen]:
     """Every kernel for bits of single weights and of blocks, all results wanted."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        for block in ((1, 1), (4, 32), (64, 64), (128, 128)):
+        for block in ((1, 1), (4, 32), (64, 64)):
             tile, wanted = _tile(block), {"SCORES": True, "WEIGHT": True}
             signature = _signature(dtype) | dict.fromkeys(("n", "k", "cells", "across"), "i32")
             constants = {"R": block[0], "C": block[1], **tile, **wanted}

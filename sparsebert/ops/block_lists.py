@@ -195,6 +195,10 @@ class BlockLists:
             `[Bm, Hm, KB, QB]` says for each partial entry which of its block row's `partial_bits` are its own (0 for
             full ones); `key_order` `[Bm, Hm, KB]` is like `order`.
         """
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # What is remembered may be needed for training later on.
+            with torch.inference_mode(False):
+                return self.transposed()
         if "transposed" not in self._cache:
             keys = _blocks(self.lengths[1], self.block[1])
             placed = _placed(self.columns, self.full_counts, self.counts, keys)[0].transpose(2, 3)
@@ -207,6 +211,9 @@ class BlockLists:
 
     def order(self) -> list[Tensor]:
         """The first of `transposed()`, `[order]`: all that a forward alone can use of them; remembered."""
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self.order()
         if "order" not in self._cache:
             self._cache["order"] = [_heaviest_first(self.counts)]
         return self._cache["order"]

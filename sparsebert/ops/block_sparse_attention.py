@@ -220,8 +220,10 @@ def _row_sums(q: Tensor) -> Tensor:
 
 
 def _is_supported(q: Tensor) -> bool:
-    """Whether the compiled bodies take it; the Triton one takes float16 too."""
-    dtypes = (*DTYPES, torch.float16) if q.device.type == "cuda" or _triton_is_forced() else DTYPES
+    """Whether the compiled bodies take it: the CPU's any width, the Triton one float16 too."""
+    if q.device.type == "cpu" and not _triton_is_forced():
+        return q.dtype in DTYPES
+    dtypes = (*DTYPES, torch.float16)
     # A plain bool also where torch.compile does not take the width for fixed.
     for dim in HEAD_DIMS:
         if q.shape[-1] == dim:

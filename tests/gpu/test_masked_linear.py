@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ops.linear_cases import check_error
 from torch import Tensor
 
-from sparsebert.ops import masked_linear, masked_weight, pack_bits
+from sparsebert.ops import masked_linear, pack_bits
 from sparsebert.ops._backend import OPS
 from sparsebert.ops.bits import expand_grid
 from sparsebert.ops.masked_linear import masked_linear_backward_reference
@@ -31,8 +31,8 @@ def make(
     n, k = grid[0] * block[0], grid[1] * block[1]
     grad, x = (torch.randn(m, size, generator=generator).to(device, dtype) for size in (n, k))
     weight = torch.randn(n, k, generator=generator).to(device)
-    bits = pack_bits(torch.rand(grid, generator=generator) < 0.5).to(device)
-    return [grad, x, weight, masked_weight(weight, bits, grid, dtype=dtype), bits]
+    mask = (torch.rand(grid, generator=generator) < 0.5).to(device)
+    return [grad, x, weight, torch.where(expand_grid(mask, (n, k)), weight, 0.0).to(dtype), pack_bits(mask)]
 
 
 def backward(case: Sequence[Tensor], grid: Sequence[int], *needs: bool) -> tuple[Tensor, ...]:
@@ -66,7 +66,7 @@ def test_gradients_are_within_torchs_own_error(
     check(make(triton_backend, m, grid, **drawn), grid)
 
 
-@pytest.mark.parametrize(("grid", "block"), [((48, 80), (1, 1)), ((3, 5), (16, 16)), ((2, 3), (128, 64))])
+@pytest.mark.parametrize(("grid", "block"), [((48, 80), (1, 1)), ((3, 5), (16, 16)), ((1, 3), (64, 32))])
 def test_tokens_are_split_where_tiles_are_few(
     triton_backend: torch.device, grid: tuple[int, int], block: tuple[int, int]
 ) -> None:
@@ -142,7 +142,7 @@ def test_the_layer_and_its_gradients(triton_backend: torch.device) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("block", [*BLOCKS, (128, 1), (2, 600), (160, 32)])
+@pytest.mark.parametrize("block", [*BLOCKS, (128, 1), (2, 600), (64, 64)])
 def test_a_stored_gradient_is_split(triton_backend: torch.device, block: tuple[int, int]) -> None:
     grid = (3, 2)
     case = make(triton_backend, 1, grid, block, torch.float32)

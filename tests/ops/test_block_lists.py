@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ops.block_attention import random_mask
 from torch import Tensor
 
-from sparsebert.ops import BlockLists
+from sparsebert.ops import BlockLists, block_sparse_attention
 from sparsebert.ops.block_lists import lists_to_mask
 
 SIZES = st.sampled_from([16, 32, 64])
@@ -200,3 +200,12 @@ def test_a_mask_of_another_kind_is_named() -> None:
     mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match="element_mask: expected \\[17, 16\\] scores"):
         BlockLists.from_block_map(torch.zeros(1, 1, 2, 1, dtype=torch.bool), (16, 16), mask, lengths=(17, 16))
+
+
+def test_what_is_remembered_under_inference_mode_serves_training() -> None:
+    q, k, v = (torch.randn(1, 2, 32, 32, requires_grad=True) for _ in range(3))
+    lists = BlockLists.from_block_map(torch.ones(1, 1, 2, 2, dtype=torch.bool), (16, 16))
+    with torch.inference_mode():
+        block_sparse_attention(q, k, v, lists)
+    block_sparse_attention(q, k, v, lists).sum().backward()
+    assert q.grad is not None
