@@ -7,6 +7,7 @@ from sparsebert.nn.attention import (
     use_attention,
 )
 from sparsebert.nn.choose import Choice, choose
+from sparsebert.nn.gpu_timer import measure_captured
 from sparsebert.nn.masked import MaskedEmbedding, MaskedLinear
 from sparsebert.nn.masks import Masks
 from sparsebert.nn.remember import forget_choices
@@ -27,6 +28,7 @@ __all__ = [
     "choose",
     "forget_choices",
     "load_sparsified",
+    "measure_captured",
     "register_attention",
     "sparsify",
     "use_attention",

@@ -4,6 +4,9 @@ Every format that can hold the weight's mask is built and timed in turns with th
 (tokens) that are asked for. Chosen is the one of least total time among those that beat the best dense path at every
 one of these, else "dense". What was measured is remembered (`remember`), by machine, versions, shape, dtype and the
 mask's structure.
+
+On a GPU a layer is timed as an eager model runs it; for models that run in CUDA graphs give `measure_captured` as the
+timer. Nothing is measured while a graph is being captured: "dense" it is then.
 """
 
 from __future__ import annotations
@@ -23,14 +26,19 @@ from torch.nn import functional as F
 from sparsebert.errors import UserError
 from sparsebert.formats import Format, parse_format
 from sparsebert.nn import remember as memory
+from sparsebert.nn.gpu_timer import measure_events
 from sparsebert.nn.structure import Structure, structure_of
+from sparsebert.ops._backend import OPS, REFERENCE, failures_raise
 from sparsebert.ops._linear import activate
 from sparsebert.ops.dense_linear import dense_linear
 
-__all__ = ["DENSE_PATHS", "MARGIN", "ROWS", "Choice", "Timer", "choose", "measure"]
+__all__ = ["DENSE_PATHS", "GPU_ROWS", "MARGIN", "ROWS", "Choice", "Timer", "choose", "measure"]
 
 ROWS = (16, 512)
-"""The default numbers of rows of x: one short sentence, and four of 128 tokens."""
+"""The default numbers of rows of x on a CPU: one short sentence, and four of 128 tokens."""
+
+GPU_ROWS = (2048, 16384)
+"""The default numbers of rows of x on a GPU: 16 sentences of 128 tokens, and 128 of them."""
 
 MARGIN = 0.05
 """A sparse format must be this share faster than the best dense path at every number of rows: noise is no gain."""
@@ -38,7 +46,9 @@ MARGIN = 0.05
 DENSE_PATHS = ("F.linear", "dense_linear")
 
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
-"""Gets the calls to compare, by name; returns the seconds that one call of each takes."""
+"""Gets the calls to compare, by name; returns the seconds that one call of each takes, infinity for one it cannot time.
+
+On a GPU a call returns before its work is done; a timer has to wait for that."""
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 7, 99
 # Seconds for all rounds together, where the least number of rounds allows it.
@@ -64,6 +74,8 @@ class Choice:
     @property
     def dense(self) -> tuple[float, ...]:
         """Seconds of the quicker dense path, per entry of `rows`."""
+        if not self.seconds:
+            return ()
         return tuple(min(times) for times in zip(*(self.seconds[name] for name in DENSE_PATHS), strict=True))
 
     @property
@@ -83,6 +95,8 @@ class Choice:
         if self.format != "dense":
             return f"{self.format} is {self.speedup:.2f}x as fast as the best dense path"
         rivals = {name: times for name, times in self.seconds.items() if name not in DENSE_PATHS}
+        if not self.seconds:
+            return "nothing was measured: a CUDA graph is being captured; choose before that"
         if not rivals:
             return "no sparse format fits the weight" + "".join(f"; {name}: {why}" for name, why in _few(self.left_out))
         name = min(rivals, key=lambda rival: sum(rivals[rival]))
@@ -115,7 +129,7 @@ def choose(
     *,
     bias: Tensor | None = None,
     activation: str = "none",
-    rows: Sequence[int] = ROWS,
+    rows: Sequence[int] | None = None,
     trainable: bool = False,
     timer: Timer | None = None,
     use_memory: bool = True,
@@ -130,22 +144,27 @@ def choose(
         mask: bool `[N, K]`, True where kept; None: where `weight` is not zero.
         bias: `[N]` or None.
         activation: what follows, see `sparsebert.ops.dense_linear`.
-        rows: numbers of rows of x `[rows, K]` that matter.
+        rows: numbers of rows of x `[rows, K]` that matter; None: `ROWS`, on a GPU `GPU_ROWS`.
         trainable: measure forward and backward, among the formats that store no pruned weight.
-        timer: measures the calls; `measure` where None.
+        timer: measures the calls; None: `measure`, on a GPU `measure_events`.
         use_memory: False to measure anew, and to leave what is remembered as it is. To measure anew for good, as
             after a measurement on a busy machine, call `forget_choices()` first.
 
     Raises:
         UserError: `rows` that are no positive numbers. ValueError, TypeError: a weight or mask that does not fit.
     """
-    counts = checked_rows(rows)
+    on_gpu = weight.is_cuda
+    counts = checked_rows(rows if rows is not None else GPU_ROWS if on_gpu else ROWS)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        # Not even the mask can be looked at, let alone a time be taken.
+        return Choice("dense", counts, {})
     structure = structure_of(weight, mask)
     key = _key(structure, weight, bias is not None, activation, counts, trainable, timer)
     known = _from_json(memory.recall(key)) if use_memory else None
     if known is not None:
         return known
-    found = _measured(structure, weight, bias, activation, counts, trainable, timer or measure)
+    usual = measure_events if on_gpu else measure
+    found = _measured(structure, weight, bias, activation, counts, trainable, timer or usual)
     if use_memory:
         memory.remember(key, _to_json(found))
     return found
@@ -206,11 +225,14 @@ def _measured(
         for count in rows:
             calls = _calls(formats, dense, shift, activation, count, trainable)
             for name in [name for name in formats if name in calls]:
-                if (why := _trial(calls[name])) is not None:
+                if (why := _trial(calls[name], dense.is_cuda)) is not None:
                     left_out[name] = why
                     del calls[name], formats[name], seconds[name]
             for name, second in timer(calls).items():
                 seconds[name].append(float(second))
+                if name in formats and not math.isfinite(second):
+                    left_out[name] = "the timer could not time it"
+                    del formats[name], seconds[name]
     times = {name: tuple(numbers) for name, numbers in seconds.items()}
     return Choice(_best(times), rows, times, left_out)
 
@@ -228,11 +250,26 @@ def _built(structure: Structure, dense: Tensor, trainable: bool) -> tuple[dict[s
     formats = {}
     for spelling in candidates:
         cls, options = parse_format(spelling)
+        if (why := _no_gpu_kernel(cls, dense)) is not None:
+            left_out[spelling] = why
+            continue
         try:
             formats[spelling] = cls.from_dense(dense.detach(), structure.mask, **options)
         except ValueError as error:
             left_out[spelling] = str(error)
     return formats, left_out
+
+
+def _no_gpu_kernel(cls: type[Format], weight: Tensor) -> str | None:
+    """Why a format would run on the reference alone on a GPU, or None; there that makes the dense weight in each call.
+    """
+    if not weight.is_cuda or cls.op is None:
+        return None
+    try:
+        body = OPS[cls.op].choose("cuda", True)
+    except ValueError as error:
+        return str(error)
+    return "it has no GPU kernel here" if body.namespace == REFERENCE else None
 
 
 def _calls(
@@ -254,33 +291,27 @@ def _calls(
     for spelling, stored in formats.items():
         stored.values.requires_grad_(trainable)
         layers[spelling] = (layer(stored), stored.values)
-    synchronize = torch.cuda.synchronize if dense.device.type == "cuda" else None
     return {
-        name: _step(run, [x, values] + ([] if bias is None else [bias]), trainable, synchronize)
+        name: _step(run, [x, values] + ([] if bias is None else [bias])) if trainable else run
         for name, (run, values) in layers.items()
     }
 
 
-def _step(
-    run: Callable[[], Tensor], inputs: list[Tensor], trainable: bool, synchronize: Callable[[], None] | None
-) -> Callable[[], object]:
-    if not trainable and synchronize is None:
-        return run
-
+def _step(run: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
     def step() -> None:
         y = run()
-        if trainable:
-            torch.autograd.grad(y, inputs, torch.ones_like(y))
-        if synchronize is not None:
-            synchronize()
+        torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     return step
 
 
-def _trial(call: Callable[[], object]) -> str | None:
-    """Why a candidate does not run here, or None."""
+def _trial(call: Callable[[], object], on_gpu: bool) -> str | None:
+    """Why a candidate does not run here, or None; a kernel that fails is not to fall back here."""
     try:
-        call()
+        with failures_raise():
+            call()
+            if on_gpu:
+                torch.cuda.synchronize()
     except (RuntimeError, ValueError) as error:
         return f"it does not run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return None

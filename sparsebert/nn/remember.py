@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -36,11 +37,9 @@ def path() -> Path:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a timing depends on besides the layer: processor or GPU, threads, kernels asked for, versions."""
-    found = {
+    # An eager GPU layer of little work takes as long as the processor needs to launch it.
+    found: dict[str, Any] = {
         "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": os.environ.get("SPARSEBERT_ISA", ""),
         "backend": os.environ.get("SPARSEBERT_BACKEND", ""),
         "torch": torch.__version__,
         "sparsebert": __version__,
@@ -49,7 +48,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        found["capability"] = list(torch.cuda.get_device_capability(device))
+        found["cuda"], found["triton"] = torch.version.cuda, _triton_version()
+        return found
+    found["cores"], found["threads"] = os.cpu_count(), torch.get_num_threads()
+    return {**found, "isa": os.environ.get("SPARSEBERT_ISA", "")}
 
 
 def recall(key: str) -> dict[str, Any] | None:
@@ -128,6 +131,13 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _triton_version() -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("triton")
+    return "none"
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sparsebert.errors import UserError, unknown
 from sparsebert.formats import Dense, Format, parse_format
 from sparsebert.formats.base import check_tensor
-from sparsebert.nn.choose import ROWS, Choice, Timer, choose
+from sparsebert.nn.choose import Choice, Timer, choose
 from sparsebert.nn.layout import Layout
 from sparsebert.nn.masked import MaskedLinear
 from sparsebert.nn.stored_weight import StoredWeight, nothing_stored
@@ -134,7 +134,7 @@ class SparseLinear(StoredWeight):
         format: str = "auto",
         activation: str = "none",
         dtype: torch.dtype | None = None,
-        rows: Sequence[int] = ROWS,
+        rows: Sequence[int] | None = None,
         trainable: bool | None = None,
         timer: Timer | None = None,
     ) -> SparseLinear:
@@ -146,7 +146,7 @@ class SparseLinear(StoredWeight):
             format: a format's spelling, or "auto": what was measured to be fastest here, see `choose`.
             activation: applied after the bias.
             dtype: of weight and bias; None: the weight's.
-            rows: numbers of rows of x (tokens in a batch) that matter to "auto".
+            rows: numbers of rows of x (tokens in a batch) that matter to "auto"; None: the defaults of `choose`.
             trainable: whether weight and bias require gradients. None: where those of `linear` do; but a weight in
                 a format that stores pruned ones too is frozen, which `repr` then says. True: such a format is
                 refused, and "auto" measures forward and backward, among the others alone, of which it takes the
@@ -269,7 +269,7 @@ class SparseLinear(StoredWeight):
         """
         buffers: dict[str, Any] = self._buffers
         index = [buffers[name] for name in self._index]
-        body = op.pick(x.device, is_supported(x.dtype))
+        body = op.pick(x.device, is_supported(x.dtype, x.device.type))
         # Nothing is recorded here; left to find that out itself, the registered formula takes some 5 µs.
         with below_autograd():
             if self._dense:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from sparsebert.errors import UserError
 from sparsebert.formats import parse_format
-from sparsebert.nn.choose import ROWS, Timer, checked_rows, choose
+from sparsebert.nn.choose import Timer, checked_rows, choose
 from sparsebert.nn.layout import Layout
 from sparsebert.nn.masked import MaskedEmbedding, MaskedLinear
 from sparsebert.nn.sparse_linear import SparseLinear
@@ -36,7 +36,7 @@ class _Wanted:
 
     min_sparsity: float
     format: str
-    rows: Sequence[int]
+    rows: Sequence[int] | None
     trainable: bool | None
     timer: Timer | None
 
@@ -47,7 +47,7 @@ def sparsify(
     min_sparsity: float = 0.3,
     format: str = "auto",
     dtype: torch.dtype | None = None,
-    rows: Sequence[int] = ROWS,
+    rows: Sequence[int] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     trainable: bool | None = None,
@@ -69,7 +69,7 @@ def sparsify(
             its layers differ.
         format: "auto", or the spelling of one format for all ("unstructured", "blocks:8x2" ...): no measurement.
         dtype: the dtype the whole model is moved to first (`model.to(dtype)`), torch.bfloat16 for one.
-        rows: numbers of rows of x (tokens in a batch) that matter to "auto".
+        rows: numbers of rows of x (tokens in a batch) that matter to "auto"; None: the defaults of `choose`.
         include, exclude: shell patterns of dotted names (`"encoder.*"`); only what matches `include` is looked at, and
             nothing that matches `exclude`.
         trainable: as for `SparseLinear.from_linear`. With None weights and biases require gradients where they did; the
@@ -84,7 +84,7 @@ def sparsify(
             layer. TypeError: not a module.
     """
     _check(model, min_sparsity, format, dtype)
-    wanted = _Wanted(min_sparsity, format, checked_rows(rows), trainable, timer)
+    wanted = _Wanted(min_sparsity, format, None if rows is None else checked_rows(rows), trainable, timer)
     places = _places(model)
     chosen = _matching(places, include, exclude)
     if dtype is not None:

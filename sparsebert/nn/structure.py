@@ -24,6 +24,9 @@ BLOCKS = {
     torch.float32: ((8, 1), (16, 1)),
 }
 SQUARES = ((16, 16), (32, 32), (64, 64))
+# What a GPU has kernels for: its matrix units take no blocks of 8 x 2, and one pattern.
+GPU_SQUARES = (*SQUARES, (128, 128))
+GPU_PATTERNS = ((2, 4),)
 # Of equal ratios the smaller group first: what fits it fits the larger one too, and is stored in fewer bits.
 PATTERNS = ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (1, 16), (2, 16), (4, 16), (8, 16))
 
@@ -45,6 +48,11 @@ class Structure:
         """`(N, K)`."""
         return self.mask.shape[0], self.mask.shape[1]
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it lies on a GPU, where other formats have kernels."""
+        return self.mask.is_cuda
+
     @cached_property
     def kept(self) -> int:
         """Number of kept weights."""
@@ -64,7 +72,7 @@ class Structure:
         """
         stored = {"unstructured": self.kept, **self._compact(), **self._patterns()}
         left_out = {}
-        for block in (*BLOCKS.get(dtype, ()), *SQUARES):
+        for block in GPU_SQUARES if self.on_gpu else (*BLOCKS.get(dtype, ()), *SQUARES):
             spelling = f"blocks:{block[0]}x{block[1]}"
             count = self.in_blocks(block)
             if count is None:
@@ -97,7 +105,7 @@ class Structure:
 
     def _patterns(self) -> dict[str, int]:
         found: dict[float, tuple[str, int]] = {}
-        for n, m in PATTERNS:
+        for n, m in GPU_PATTERNS if self.on_gpu else PATTERNS:
             places = self.size // m * n
             if self.shape[1] % m or n / m in found or not LEAST_PATTERN * places <= self.kept <= places or not places:
                 continue

@@ -20,6 +20,7 @@ __all__ = ["ACTIVATIONS", "activate", "linear_reference"]
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (*COMPILED_DTYPES, torch.float16)
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
@@ -154,7 +155,7 @@ def run(
     if not (shape[0] and shape[1]):
         # Without a row or column there is nothing stored, and no kernel is asked.
         return linear_reference(x, values.reshape(tuple(shape)), bias, activation)
-    supported = is_supported(x.dtype)
+    supported = is_supported(x.dtype, x.device.type)
     bias = None if bias is None else bias.contiguous()
     inputs = (x.contiguous(), values.contiguous(), *index, bias, *constants)
     if torch.is_grad_enabled() and (
@@ -171,9 +172,9 @@ def run(
         return body(*inputs)
 
 
-def is_supported(dtype: torch.dtype) -> bool:
-    """Whether the compiled bodies take this dtype."""
-    return dtype in COMPILED_DTYPES
+def is_supported(dtype: torch.dtype, device_type: str = "cpu") -> bool:
+    """Whether the compiled bodies for such a device take this dtype."""
+    return dtype in (GPU_DTYPES if device_type == "cuda" else COMPILED_DTYPES)
 
 
 def check_transposed(x: Tensor, transposed: Sequence[Tensor], count: int) -> None:

@@ -116,7 +116,7 @@ def _checked(
     _check("up", x, up, (inner, k))
     # What comes from the first layer stands for its result: of its width, dtype and device.
     _check("down", x.new_empty((0, inner)), down, (n, inner))
-    body = _op.pick(x.device, _linear.is_supported(x.dtype))
+    body = _op.pick(x.device, _linear.is_supported(x.dtype, x.device.type))
     inputs = (x.contiguous(), *_contiguous(up), *_contiguous(down), list(shape), activation)
     if torch.compiler.is_compiling():
         return body(*inputs)

@@ -157,7 +157,7 @@ def _grad_x(grad: Tensor, values: Tensor, transposed: Sequence[Tensor], shape: t
     """dX = dY · W, by a kernel that reads the blocks where they lie or else by the layer over a copy of W^T."""
     permutation, *index = transposed
     if grad.device.type == "cuda" or forced_backend() == "triton":
-        body = _input_grad_op.pick(grad.device, _linear.is_supported(grad.dtype))
+        body = _input_grad_op.pick(grad.device, _linear.is_supported(grad.dtype, grad.device.type))
         return body(grad.contiguous(), values.contiguous(), permutation, *index, list(shape))
     turned = values[permutation].transpose(1, 2).contiguous()
     return block_sparse_linear(grad, turned, *index, shape=shape[::-1])
@@ -173,7 +173,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_x = _grad_x(grad, values, transposed, (n, k))
         if need_values:
             # Looked up, not imported: that op's file imports this one.
-            sddmm = OPS["block_sparse_sddmm"].pick(grad.device, _linear.is_supported(grad.dtype))
+            sddmm = OPS["block_sparse_sddmm"].pick(grad.device, _linear.is_supported(grad.dtype, grad.device.type))
             grad_values = sddmm(_linear.as_rows(grad), _linear.as_rows(x), columns, row_starts, ctx.block)
         grad_bias = _linear.bias_grad(grad) if need_bias else None
     return grad_x, grad_values, None, None, grad_bias, None, None, _linear.no_grads(ctx, 7, ctx.transposed)

@@ -37,7 +37,7 @@ def block_sparse_sddmm(grad: Tensor, x: Tensor, columns: Tensor, row_starts: Ten
     check_structure(columns, row_starts, shape, (r, c), columns.numel(), x.device)
     if not columns.numel():
         return x.new_empty((0, r, c))
-    body = _op.pick(x.device, _linear.is_supported(x.dtype))
+    body = _op.pick(x.device, _linear.is_supported(x.dtype, x.device.type))
     with torch.no_grad(), full_precision(x.device.type):
         return body(grad.contiguous(), x.contiguous(), columns, row_starts, [r, c])
 
