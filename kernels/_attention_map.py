@@ -42,10 +42,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsebert.kernels._cost import Cost
-from sparsebert.kernels._triton import Specimen, dot, triton_type
+from sparsebert.kernels._triton import dot
 
-__all__ = ["Tiles", "map_cost", "map_loss", "map_specimens", "tiles"]
+__all__ = ["STATISTICS", "Tiles", "constants_of", "map_loss", "padded", "raised", "tiles"]
 
 KL, MSE, SCORES = (tl.constexpr(kind) for kind in range(3))
 KINDS = {"kl": KL, "mse": MSE, "scores": SCORES}
@@ -68,7 +67,7 @@ class Tiles:
     stages: int
 
 
-def tiles(seq: int, student_width: int, teacher_width: int, wide: bool) -> Tiles:
+def tiles(seq: int, student_width: int, teacher_width: int, wide: bool, symmetric: bool = False) -> Tiles:
     """The tile of every pass; `wide` where student or teacher is float32."""
     widest = padded(max(student_width, teacher_width))
     if wide:
@@ -77,6 +76,9 @@ def tiles(seq: int, student_width: int, teacher_width: int, wide: bool) -> Tiles
         chosen = Tiles(64, 64, 4, 3)
     else:
         chosen = Tiles(64, 64, 8, 2) if widest <= 128 else Tiles(64, 32, 8, 2)
+    if symmetric and not wide:
+        # Four exponentials of a tile at once are too many for the registers.
+        chosen = Tiles(chosen.own, chosen.other // 2, chosen.warps, chosen.stages)
     most = max(16, triton.next_power_of_2(seq))
     return Tiles(min(chosen.own, most), min(chosen.other, most), chosen.warps, chosen.stages)
 
@@ -457,9 +459,10 @@ def map_loss(
             grads[i] = student_q.new_empty((batch, seq, heads, width)).transpose(1, 2)
     if batch * heads * seq == 0:
         return loss.zero_(), grads[0], grads[1]
-    launch = _Launch(kind, (student_q, student_k, teacher_q, teacher_k), token_mask, student_scale, teacher_scale)
+    tensors = student_q, student_k, teacher_q, teacher_k
+    launch = _Launch(kind, tensors, token_mask, student_scale, teacher_scale, symmetric)
     launch.statistics()
-    launch.rows(loss, grads[0] if need_grad else None, symmetric)
+    launch.rows(loss, grads[0] if need_grad else None)
     if need_grad and not symmetric:
         launch.columns(grads[1])
     return loss, grads[0], grads[1]
@@ -475,9 +478,10 @@ class _Launch:
         token_mask: Tensor | None,
         student_scale: float,
         teacher_scale: float,
+        symmetric: bool,
     ) -> None:
         student, teacher = tensors[0], tensors[2]
-        self.kind, self.tensors = kind, tensors
+        self.kind, self.tensors, self.symmetric = kind, tensors, symmetric
         self.batch, self.heads, self.seq, width = student.shape
         self.mask = None if token_mask is None else token_mask.view(torch.uint8)
         self.lengths = None if token_mask is None else student.new_empty(2 * self.batch, dtype=torch.int32)
@@ -492,13 +496,13 @@ class _Launch:
         self.grad_factor = student_scale * (1 if kind == "kl" else 2) / self.raised
         wide = torch.float32 in (student.dtype, teacher.dtype)
         self.exact = kind == "mse" and wide
-        self.tiles = tiles(self.seq, width, teacher.shape[-1], wide)
+        self.tiles = tiles(self.seq, width, teacher.shape[-1], wide, symmetric)
         self.count = -(-self.seq // self.tiles.own)
         self.programs = self.batch * self.heads * self.count
         self.strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
         self.stats: Tensor | None = None
         self.constants = {
-            **_constants(kind, self.tiles, (student.dtype, teacher.dtype), (width, teacher.shape[-1]), self.seq),
+            **constants_of(kind, self.tiles, (student.dtype, teacher.dtype), (width, teacher.shape[-1]), self.seq),
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
         }
@@ -513,13 +517,13 @@ class _Launch:
             *self.factors, **self.constants,
         )  # fmt: skip
 
-    def rows(self, loss: Tensor, grad: Tensor | None, symmetric: bool) -> None:
+    def rows(self, loss: Tensor, grad: Tensor | None) -> None:
         partial = self.tensors[0].new_empty(self.programs, dtype=torch.float32)
         passes = [(None, True), (grad, False)] if self.exact and grad is not None else [(grad, False)]
         for to, delta in passes:
             rows_kernel[(self.programs,)](
                 *self.tensors, self.mask, self.lengths, self.stats, to, partial, *self.strides, self.batch, self.heads,
-                self.seq, self.count, *self.factors, self.grad_factor, self.weight, SYMMETRIC=symmetric, DELTA=delta,
+                self.seq, self.count, *self.factors, self.grad_factor, self.weight, SYMMETRIC=self.symmetric, DELTA=delta,
                 RAISE=self.raised, **self.constants,
             )  # fmt: skip
         factor = _LN_2 if self.kind == "kl" else 1.0
@@ -542,7 +546,7 @@ def raised(kind: str, dtype: torch.dtype) -> float:
     return 2.0**-4 if kind == "scores" else 2.0**14
 
 
-def _constants(
+def constants_of(
     kind: str, tile: Tiles, dtypes: tuple[torch.dtype, torch.dtype], widths: tuple[int, int], seq: int
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
@@ -556,107 +560,3 @@ def _constants(
         chunk = min(max(padded(width) // 4, 16), 32) if dtype == torch.float32 else padded(width)
         found |= {name: width, f"{name}_PADDED": padded(width), f"{name}_CHUNK": chunk}
     return found
-
-
-def map_cost(
-    kind: str,
-    batch: int,
-    heads: int,
-    seq: int,
-    widths: tuple[int, int],
-    element: tuple[int, int],
-    need_grad: bool,
-    masked: bool,
-    symmetric: bool = False,
-) -> Cost:
-    """What a call moves and computes; `widths` and `element` (bytes) are the student's and the teacher's.
-
-    A head's tensors are read from memory once a pass: its tiles run side by side and find them in the cache.
-    """
-    tile = tiles(seq, *widths, wide=4 in element)
-    count = -(-seq // tile.own)
-    pairs = batch * heads * count * tile.own * -(-seq // tile.other) * tile.other
-    rows = batch * heads * seq
-    scores_flops = 2 * pairs * (padded(widths[0]) + padded(widths[1]))
-    gradient_flops = 2 * pairs * padded(widths[0])
-    student, teacher = (width * size * rows for width, size in zip(widths, element, strict=True))
-    tensors = (1 if symmetric else 2) * (student + teacher) + masked * batch * seq
-    stats = 4 * rows * STATISTICS[kind]
-    partial = 4 * batch * heads * count
-    total = Cost(masked * batch * seq, masked * 8 * batch, 0, int(masked))
-    if kind != "scores":
-        total += Cost(tensors, stats, scores_flops)
-    total += Cost(tensors + stats, partial + need_grad * student, scores_flops + need_grad * gradient_flops)
-    if need_grad and kind == "mse" and 4 in element:
-        total += Cost(tensors + stats, partial + 4 * rows, scores_flops)
-    total += Cost(partial, 4, 0)
-    if need_grad and not symmetric:
-        total += Cost(tensors + stats, student, scores_flops + gradient_flops)
-    return total
-
-
-_POINTERS = ("student_q", "student_k", "teacher_q", "teacher_k")
-_STRIDES = tuple(f"{name}_{axis}" for name in ("sq", "sk", "tq", "tk") for axis in ("batch", "head", "token"))
-
-
-def map_specimens(kind: str, symmetric: bool = False, helpers: bool = False) -> list[Specimen]:
-    """The kernels of one kind of loss: the dtypes, every tile, with and without a mask."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    cases = [
-        (bf16, bf16, 64, 64, True),
-        (bf16, bf16, 64, 64, False),
-        (bf16, bf16, 128, 128, True),
-        (bf16, bf16, 256, 256, True),
-        (fp16, fp16, 64, 64, True),
-        (fp32, fp32, 64, 64, True),
-        (fp32, fp32, 128, 128, True),
-        (fp32, fp32, 256, 256, True),
-        (bf16, fp32, 64, 64, True),
-    ]
-    found = [specimen for case in cases for specimen in _specimens(kind, symmetric, *case)]
-    if helpers:
-        lengths = {"mask": "*u8", "lengths": "*i32", "batch": "i32", "seq": "i32"}
-        found.append(Specimen("lengths", lengths_kernel, lengths, {"BLOCK": 1024}))
-        sums = {"partial": "*fp32", "loss": "*fp32", "lengths": "*i32", "programs": "i32", "batch": "i32"}
-        sums |= {"heads": "i32", "factor": "fp32", "weight": "fp32"}
-        found.append(Specimen("sum", sum_kernel, sums, {"PAIRS": True}, warps=8))
-    return found
-
-
-def _specimens(
-    kind: str, symmetric: bool, student: torch.dtype, teacher: torch.dtype, width: int, other: int, masked: bool
-) -> list[Specimen]:
-    tile = tiles(512, width, other, torch.float32 in (student, teacher))
-    constants = _constants(kind, tile, (student, teacher), (width, other), 512) | {"RAGGED": masked}
-    mine, theirs = triton_type(student), triton_type(teacher)
-    tensors = dict(zip(_POINTERS, (f"*{t}" for t in (mine, mine, theirs, theirs)), strict=True))
-    if masked:
-        tensors |= {"mask": "*u8", "lengths": "*i32"}
-    else:
-        constants |= {"mask": None, "lengths": None}
-    if kind != "scores":
-        tensors |= {"stats": "*fp32"}
-    else:
-        constants |= {"stats": None}
-    numbers = {
-        **dict.fromkeys(_STRIDES, "i32"),
-        **dict.fromkeys(("batch", "heads", "seq", "count"), "i32"),
-        **dict.fromkeys(("student_factor", "teacher_factor", "grad_factor", "weight"), "fp32"),
-    }
-    named = f"{kind} {mine}/{theirs} {width}/{other}{' masked' if masked else ''} {tile.own}x{tile.other}"
-    gradient = constants | {"RAISE": raised(kind, student)}
-    usual = gradient | {"SYMMETRIC": symmetric, "DELTA": False}
-    made = [("rows", rows_kernel, {"grad": f"*{mine}", "partial": "*fp32"}, usual)]
-    if kind == "mse" and torch.float32 in (student, teacher):
-        made.append(("delta", rows_kernel, {"partial": "*fp32"}, usual | {"DELTA": True, "grad": None}))
-    if not symmetric:
-        made.append(("columns", columns_kernel, {"grad": f"*{mine}"}, gradient))
-        if kind != "scores":
-            made.append(("statistics", statistics_kernel, {}, constants))
-    specimens = []
-    for name, kernel, outputs, fixed in made:
-        wanted = {**tensors, **outputs, **numbers}
-        signature = {key: wanted[key] for key in kernel.arg_names if key in wanted}
-        label = f"{name} {named}{' symmetric' if symmetric else ''}"
-        specimens.append(Specimen(label, kernel, signature, fixed, tile.warps, tile.stages, divisible_by_16=_STRIDES))
-    return specimens

@@ -160,7 +160,9 @@ def cost(m: int, n: int, k: int, item: int = 2, bias: bool = True, activation: s
     once = Cost((m * k + n * k + (n if bias else 0)) * item, m * n * item, 2 * m * n * k)
     if by_triton(m, n, k, dtype, activation):
         tile = tiles(m, n, dtype, arch)
-        computed = -(-m // tile.tokens) * tile.tokens * -(-n // tile.rows) * tile.rows * -(-k // tile.depth) * tile.depth
+        computed = (
+            -(-m // tile.tokens) * tile.tokens * -(-n // tile.rows) * tile.rows * -(-k // tile.depth) * tile.depth
+        )
         return Cost(once.read, once.written, 2 * computed)
     return once if activation == "none" else once + Cost(m * n * item, m * n * item, 0)
 

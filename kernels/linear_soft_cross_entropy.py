@@ -234,13 +234,13 @@ def difference_kernel(
         column = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
         word = slab_start + column
         inside = word < vocabulary
-        s = _logits(student, student_weight, student_bias, row, counts, word, inside, student_width, scale, M, N, K)
-        t = _logits(teacher, teacher_weight, teacher_bias, row, counts, word, inside, teacher_width, scale, M, N, K)
         place = first + tl.arange(0, M)
-        sum_s = tl.load(sums + place, mask=counts, other=0.0)
-        sum_t = tl.load(sums + tokens + place, mask=counts, other=0.0)
-        difference = tl.exp2(s - sum_s[:, None]) - tl.exp2(t - sum_t[:, None])
-        difference = tl.where(counts[:, None] & inside[None, :], difference * gain, 0.0)
+        # Of inf: what does not count has no share of anything.
+        s = _logits(student, student_weight, student_bias, row, counts, word, inside, student_width, scale, M, N, K)
+        s = tl.exp2(s - tl.load(sums + place, mask=counts, other=float("inf"))[:, None])
+        t = _logits(teacher, teacher_weight, teacher_bias, row, counts, word, inside, teacher_width, scale, M, N, K)
+        t = tl.exp2(t - tl.load(sums + tokens + place, mask=counts, other=float("inf"))[:, None])
+        difference = tl.where(inside[None, :], (s - t) * gain, 0.0)
         at = (tile * M + tl.arange(0, M))[:, None] * slab + column[None, :]
         tl.store(differences + at, difference.to(differences.dtype.element_ty))
         if bias_parts is not None:
@@ -263,8 +263,6 @@ def hidden_kernel(
     own = sum_so_far + (place * width)[:, None] + column[None, :]
     exists = counts[:, None] & inside[None, :]
     if first < _counted(kept, tokens):
-        if not FIRST:
-            acc = tl.load(own, mask=exists, other=0.0)
         inner = tl.arange(0, K)
         left = differences + ((tile * M + tl.arange(0, M)) * slab)[:, None] + inner[None, :]
         right = weight + ((slab_start + inner).to(tl.int64) * width)[:, None] + column[None, :]
@@ -274,6 +272,9 @@ def hidden_kernel(
             b = tl.load(right, mask=here[:, None] & inside[None, :], other=0.0)
             acc = dot(a, b, acc)
             right += K * width
+        # Not before the loop, over which the addresses would take registers.
+        if not FIRST:
+            acc += tl.load(own, mask=exists, other=0.0)
         if not LAST:
             tl.store(own, acc, mask=exists)
     if LAST:
@@ -294,8 +295,6 @@ def weight_kernel(
     exists = (column < words)[:, None] & (across < width)[None, :]
     own = sum_so_far + (column * width)[:, None] + across[None, :]
     acc = tl.zeros((M, N), tl.float32)
-    if not FIRST:
-        acc = tl.load(own, mask=exists, other=0.0)
     inner = tl.arange(0, K)
     # The interpreter cannot take a loop's end from memory; what lies past it is masked either way.
     bound = chunk if INTERPRETED else tl.minimum(_counted(kept, tokens) - chunk_start, chunk)
@@ -311,6 +310,8 @@ def weight_kernel(
             other=0.0,
         )
         acc = dot(a, b, acc)
+    if not FIRST:
+        acc += tl.load(own, mask=exists, other=0.0)
     if LAST:
         at = grad + ((slab_start + column) * width)[:, None] + across[None, :]
         tl.store(at, (acc * share_of(kept, factor)).to(grad.dtype.element_ty), mask=exists)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsebert.kernels._attention_map import map_cost, map_loss, map_specimens
+from sparsebert.kernels._attention_map import map_loss
+from sparsebert.kernels._attention_map_table import map_cost, map_specimens
 from sparsebert.kernels._cost import Cost
 from sparsebert.kernels._triton import Specimen
 

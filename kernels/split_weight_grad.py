@@ -176,7 +176,13 @@ def _warps(tile: dict[str, int]) -> int:
 
 
 def cost(
-    n: int, k: int, block: tuple[int, int], item: int = 4, weight_item: int = 4, scores: bool = True, weight: bool = True
+    n: int,
+    k: int,
+    block: tuple[int, int],
+    item: int = 4,
+    weight_item: int = 4,
+    scores: bool = True,
+    weight: bool = True,
 ) -> Cost:
     """What a call moves and computes: P and the weight read once, both results written; `item` is P's."""
     size, cells = n * k, n * k // (block[0] * block[1])

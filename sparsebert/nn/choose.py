@@ -261,8 +261,7 @@ def _built(structure: Structure, dense: Tensor, trainable: bool) -> tuple[dict[s
 
 
 def _no_gpu_kernel(cls: type[Format], weight: Tensor) -> str | None:
-    """Why a format would run on the reference alone on a GPU, or None; there that makes the dense weight in each call.
-    """
+    """Why a format would run on the reference alone on a GPU, or None; there that makes the dense weight in each call."""
     if not weight.is_cuda or cls.op is None:
         return None
     try:

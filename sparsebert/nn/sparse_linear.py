@@ -28,6 +28,8 @@ __all__ = ["SparseLinear"]
 # (csrc/cpu/gemm.cpp), and takes longer to do so.
 FEW_ROWS = 4
 MANY_WEIGHTS = 1 << 20
+# Below so many rows it asks cuBLAS on a GPU, as F.linear does (MANY in kernels/dense_linear.py).
+GPU_FEW_ROWS = 2048
 
 # Each activation as oneDNN's product is asked for it (csrc/cpu/gemm.cpp).
 _ONEDNN: dict[str, tuple[str, list[float], str]] = {
@@ -243,7 +245,8 @@ class SparseLinear(StoredWeight):
         None where that is not as simple as one call.
         """
         onednn = self._onednn and values.dtype is torch.float32 and values.is_cpu
-        if x.numel() < self._few or not (onednn or self._activation != "none"):
+        few = GPU_FEW_ROWS * self.in_features if values.is_cuda else self._few
+        if x.numel() < few or not (onednn or self._activation != "none"):
             try:
                 return activate(F.linear(x, values, bias), self._activation)
             except RuntimeError:

@@ -11,10 +11,13 @@ an error, never a silent fallback.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +25,16 @@ from torch._ops import OpOverload
 
 from sparsebert.errors import UserError, unknown
 
-__all__ = ["BACKENDS", "OPS", "Op", "below_autograd", "constant_result", "forced_backend"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "REFERENCE",
+    "Op",
+    "below_autograd",
+    "constant_result",
+    "failures_raise",
+    "forced_backend",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -230,6 +242,67 @@ def _namespace(name: str, device_type: str, supported: bool) -> str:
     return OPS[name].choose(device_type, supported).namespace
 
 
+# Calls whose Triton kernel could not be built or launched, by op; and whether such a failure is to be seen.
+_failed: dict[str, set[Any]] = {}
+_failures_raise = 0
+
+
+@contextlib.contextmanager
+def failures_raise() -> Iterator[None]:
+    """Within it a Triton kernel that fails raises, forced or not: to find out whether there is one that runs."""
+    global _failures_raise
+    _failures_raise += 1
+    try:
+        yield
+    finally:
+        _failures_raise -= 1
+
+
+def _or_reference(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body`, and the reference for calls whose kernel could not be built or launched: one warning names the op."""
+
+    @functools.wraps(body)
+    def run(*args: Any) -> Any:
+        if name in _failed and not _must_raise() and _kind(args) in _failed[name]:
+            return getattr(getattr(torch.ops, REFERENCE), name)(*args)
+        try:
+            return body(*args)
+        except Exception as error:
+            if _must_raise() or not _is_of_the_kernel(error):
+                raise
+            if name not in _failed:
+                what = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(
+                    f"{name}: its Triton kernel could not be built or launched ({what}); the slower reference runs in "
+                    "its place. SPARSEBERT_BACKEND=triton raises the error instead.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            _failed.setdefault(name, set()).add(_kind(args))
+        return getattr(getattr(torch.ops, REFERENCE), name)(*args)
+
+    return run
+
+
+def _must_raise() -> bool:
+    return _failures_raise > 0 or forced_backend() is not None
+
+
+def _is_of_the_kernel(error: Exception) -> bool:
+    """Whether an error is a compiler's or a launch's; what the arguments or the memory are to blame for is not."""
+    if isinstance(error, (torch.OutOfMemoryError, NotImplementedError, RecursionError)):
+        return False
+    known = (RuntimeError, OSError, AssertionError, subprocess.SubprocessError)
+    return isinstance(error, known) or type(error).__module__.partition(".")[0] == "triton"
+
+
+def _kind(value: Any) -> Any:
+    """What decides which kernel a call launches: shapes, dtypes and constants."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    return tuple(_kind(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
 def _interpreted() -> bool:
     """Whether Triton's kernels are to run in its interpreter, on the CPU's tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on", "yes", "y")
@@ -246,5 +319,5 @@ def _triton_missing(name: str, schema: str) -> str | None:
     body = getattr(importlib.import_module(f"sparsebert.kernels.{name}"), name)
     if not hasattr(getattr(torch.ops, _NAMESPACE["triton"]), name):
         _triton_library.define(name + schema)
-        _triton_library.impl(name, body, "CPU" if _interpreted() else "CUDA")
+        _triton_library.impl(name, _or_reference(name, body), "CPU" if _interpreted() else "CUDA")
     return None

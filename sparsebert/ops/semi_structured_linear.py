@@ -95,10 +95,14 @@ def semi_structured_linear_reference(
     transposed: Sequence[Tensor],
 ) -> Tensor:
     """The definition: the stored weights put where they belong in a matrix of zeros, and the dense layer."""
+    return _linear.linear_reference(x, _dense(values, positions, pattern), bias, activation)
+
+
+def _dense(values: Tensor, positions: Tensor, pattern: Sequence[int]) -> Tensor:
+    """The weight `[N, K]` with its zeros."""
     n, m = pattern
     weight = values.new_zeros(values.shape[0], values.shape[1] // n * m)
-    weight.scatter_(1, stored_columns(positions, values.shape[1], n, m), values)
-    return _linear.linear_reference(x, weight, bias, activation)
+    return weight.scatter_(1, stored_columns(positions, values.shape[1], n, m), values)
 
 
 def position_bits(m: int) -> int:
@@ -137,13 +141,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     with full_precision(grad.device.type):
         if need_x:
             permutation, *index = transposed
-            grad_x = unstructured_linear(grad, values.flatten()[permutation], *index, shape=(ctx.k, grad.shape[-1]))
+            grad_x = (
+                grad @ _dense(values, positions, ctx.pattern)
+                if _prefers_dense(grad)
+                else unstructured_linear(grad, values.flatten()[permutation], *index, shape=(ctx.k, grad.shape[-1]))
+            )
         if need_values:
             # At n of m there is little to skip: the dense product, read at the stored places.
             product = _linear.as_rows(grad).t() @ _linear.as_rows(x)
             grad_values = product.gather(1, stored_columns(positions, ctx.stored, *ctx.pattern))
         grad_bias = _linear.bias_grad(grad) if need_bias else None
     return grad_x, grad_values, None, grad_bias, None, None, _linear.no_grads(ctx, 6, ctx.transposed)
+
+
+def _prefers_dense(grad: Tensor) -> bool:
+    """Whether dX is best taken over the dense weight, made anew: on a GPU, which has no kernel for its transpose."""
+    return grad.is_cuda
 
 
 _op = Op(
