@@ -78,7 +78,7 @@ def tiles(seq: int, student_width: int, teacher_width: int, wide: bool, symmetri
         chosen = Tiles(64, 64, 8, 2) if widest <= 128 else Tiles(64, 32, 8, 2)
     if symmetric and not wide:
         # Four exponentials of a tile at once are too many for the registers.
-        chosen = Tiles(chosen.own, chosen.other // 2, chosen.warps, chosen.stages)
+        chosen = Tiles(chosen.own, 32 if widest <= 64 else 16, chosen.warps, chosen.stages)
     most = max(16, triton.next_power_of_2(seq))
     return Tiles(min(chosen.own, most), min(chosen.other, most), chosen.warps, chosen.stages)
 
@@ -523,8 +523,8 @@ class _Launch:
         for to, delta in passes:
             rows_kernel[(self.programs,)](
                 *self.tensors, self.mask, self.lengths, self.stats, to, partial, *self.strides, self.batch, self.heads,
-                self.seq, self.count, *self.factors, self.grad_factor, self.weight, SYMMETRIC=self.symmetric, DELTA=delta,
-                RAISE=self.raised, **self.constants,
+                self.seq, self.count, *self.factors, self.grad_factor, self.weight, SYMMETRIC=self.symmetric,
+                DELTA=delta, RAISE=self.raised, **self.constants,
             )  # fmt: skip
         factor = _LN_2 if self.kind == "kl" else 1.0
         pairs = self.kind != "kl"

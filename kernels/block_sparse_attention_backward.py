@@ -33,8 +33,8 @@ from sparsebert.kernels.block_sparse_attention import (
 __all__ = ["block_sparse_attention_backward", "cost", "specimens", "tiles"]
 
 _LOG2_E = tl.constexpr(LOG2_E)
-# Rows of a program of the first launch.
-ROWS = 32
+# Numbers of each of its tensors that a program of the first launch takes.
+_FIRST = 2048
 
 
 @triton.jit
@@ -309,9 +309,9 @@ def block_sparse_attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     bits = partial_bits if partial_bits is not None and partial_bits.numel() > 0 else None
     sums, deltas = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device).unbind(0)
-    _rows[((1 if varlen else batches) * heads * triton.cdiv(queries, ROWS),)](
+    _rows[((1 if varlen else batches) * heads * triton.cdiv(queries, _FIRST // dim),)](
         grad_out, out, lse, grad_lse, sums, deltas, *strides_of(grad_out), *strides_of(out), heads, queries,
-        D=dim, ROWS=ROWS,
+        D=dim, ROWS=_FIRST // dim,
     )  # fmt: skip
     (own, step, warps, stages), (query_own, query_step, query_warps, query_stages) = tiles(
         block, dim, q.dtype, bits is not None
@@ -380,7 +380,7 @@ def _rows_specimen(dtype: torch.dtype, dim: int) -> Specimen:
     signature |= dict.fromkeys(("lse", "grad_lse", "sums", "deltas"), "*fp32")
     strides = tuple(f"{name}_{axis}" for name in "go" for axis in "bhs")
     signature |= dict.fromkeys((*strides, "heads", "tokens"), "i32")
-    return Specimen(f"{word}, D {dim}: rows", _rows, signature, {"D": dim, "ROWS": ROWS}, divisible_by_16=strides)
+    return Specimen(f"{word}, D {dim}: rows", _rows, signature, {"D": dim, "ROWS": _FIRST // dim}, divisible_by_16=strides)
 
 
 def pair(dtype: torch.dtype, dim: int, block: tuple[int, int], label: str) -> list[Specimen]:

@@ -65,7 +65,7 @@ def tiles(tokens: int, vocabulary: int, student_width: int, bytes_per_element: i
     k = 32 if wide else 64
     warps = 8 if wide or m * n > 64 * 64 else 4
     return Tiles(
-        m, n, k, min(n, 32 if wide else 64), warps, 3, m, grad_n, min(k, n), 8 if m * grad_n > 64 * 64 else 4, 3
+        m, n, k, min(n, 32 if wide else 64), warps, 3, m, grad_n, min(k, n), 8 if wide or m * grad_n > 64 * 64 else 4, 3
     )
 
 

@@ -48,9 +48,10 @@ def way(m: int, n: int, k: int, dtype: torch.dtype, pattern: tuple[int, int], cu
 
 def tiles(m: int, n: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """`(ROWS, TOKENS, GROUPS)`: of the weight, of x, and groups of four columns a step takes."""
-    rows = min(max(power_above(n), 16), 64 if n >= 2048 and m > 32 else 32 if n >= 2048 else 16)
+    wide = dtype == torch.float32
+    rows = min(max(power_above(n), 16), 16 if n < 2048 else 32 if m <= 32 or wide else 64)
     # More is more than the registers hold.
-    return rows, min(max(power_above(m), 16), 64), 16 if dtype == torch.float32 or rows == 64 else 32
+    return rows, min(max(power_above(m), 16), 64), 16 if wide or rows == 64 else 32
 
 
 @triton.jit
@@ -188,8 +189,9 @@ def _by_cusparselt(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | 
     capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
     try:
         packed = _packed(values, positions, capturing)
-        # It takes rows of x by eights; those past the last are computed for nothing.
+        # It takes rows of x by eights, those past the last computed for nothing, and 16 bytes at a time.
         padded = F.pad(x, (0, 0, 0, -m % 8)) if m % 8 else x.contiguous()
+        padded = padded.clone() if padded.data_ptr() % 16 else padded
         if shape not in _algorithms and not capturing:
             _algorithms[shape] = _searched(packed, padded, bias)
         y = _multiplied(packed, padded, bias, _algorithms.get(shape) or 0)

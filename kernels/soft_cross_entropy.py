@@ -169,7 +169,7 @@ def soft_cross_entropy(
         student_logits, teacher_logits, mask, kept, grad if need_grad else None, partials, rows, classes // vector,
         LOG2E / temperature, temperature * share,
         ROWS=tile.rows, BLOCK=tile.block, VECTOR=vector,
-        STAGES=tile.stages if need_grad else 2, num_warps=tile.warps,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return total(partials, kept, temperature * temperature * share), grad
 
@@ -192,7 +192,7 @@ def _specimen(dtypes: tuple[torch.dtype, torch.dtype], classes: int, masked: boo
     signature |= {"grad": f"*{student}", "partials": "*fp32", "rows": "i32", "groups": "i32"}
     signature |= {"scale": "fp32", "factor": "fp32"}
     vector = gcd(classes, 16 // min(d.itemsize for d in dtypes))
-    constants = {"ROWS": tile.rows, "BLOCK": tile.block, "VECTOR": vector, "STAGES": tile.stages if need_grad else 2}
+    constants = {"ROWS": tile.rows, "BLOCK": tile.block, "VECTOR": vector, "STAGES": tile.stages}
     absent = [name for name, there in (("mask", masked), ("kept", masked), ("grad", need_grad)) if not there]
     label = f"{student}/{teacher} {classes} classes"
     return Specimen(

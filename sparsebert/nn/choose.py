@@ -261,7 +261,7 @@ def _built(structure: Structure, dense: Tensor, trainable: bool) -> tuple[dict[s
 
 
 def _no_gpu_kernel(cls: type[Format], weight: Tensor) -> str | None:
-    """Why a format would run on the reference alone on a GPU, or None; there that makes the dense weight in each call."""
+    """Why a format would run on the reference alone on a GPU, where that costs far more than dense, or None."""
     if not weight.is_cuda or cls.op is None:
         return None
     try:
@@ -275,8 +275,8 @@ def _calls(
     formats: Mapping[str, Format], dense: Tensor, bias: Tensor | None, activation: str, rows: int, trainable: bool
 ) -> dict[str, Callable[[], object]]:
     """What is timed: each layer on the same random x, and in training its backward too."""
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, dense.shape[1], generator=generator).to(dense)
+    generator = torch.Generator(dense.device).manual_seed(rows)
+    x = torch.randn(rows, dense.shape[1], generator=generator, device=dense.device).to(dense)
     x.requires_grad_(trainable)
 
     def layer(stored: Format) -> Callable[[], Tensor]:

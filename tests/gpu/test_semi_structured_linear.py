@@ -188,7 +188,7 @@ def test_where_it_fails_the_dense_product_runs_and_says_so_once(
 
 def test_under_capture_nothing_is_searched_or_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = CuSparseLt(monkeypatch)
-    x, stored, _ = make(device, 136, 32, 64, torch.bfloat16)
+    _, stored, _ = make(device, 136, 32, 64, torch.bfloat16)
     packed = fake.kernel._packed(stored.values, stored.positions, True)
     assert not fake.kernel._weights
     assert torch.equal(packed, stored.to_dense())

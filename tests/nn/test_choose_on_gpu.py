@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsebert.formats import Blocks, Unstructured
+from sparsebert.errors import UserError
+from sparsebert.formats import Blocks
 from sparsebert.nn import choose, gpu_timer, remember
 from sparsebert.nn import measure_captured as public
 from sparsebert.nn.choose import DENSE_PATHS, GPU_ROWS, _no_gpu_kernel
 from sparsebert.nn.structure import Structure, structure_of
+from sparsebert.ops._backend import OPS
 
 
 class Clock:
@@ -115,13 +117,19 @@ def test_candidates_are_what_a_gpu_has_kernels_for(monkeypatch: pytest.MonkeyPat
     assert not any("semi" in name for name in structure_of(one_four.float()).candidates(torch.float32, False)[0])
 
 
-def test_a_format_without_a_gpu_kernel_is_not_timed() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("here there are kernels")
+def test_a_format_without_a_gpu_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(kind: str, supported: bool) -> object:
+        raise UserError("SPARSEBERT_BACKEND=cpu: no")
+
     weight: Any = SimpleNamespace(is_cuda=True)
-    assert _no_gpu_kernel(Blocks, weight) == "it has no GPU kernel here"
-    assert _no_gpu_kernel(Unstructured, weight) == "it has no GPU kernel here"
-    assert _no_gpu_kernel(Blocks, torch.ones(1)) is None
+    for choose_, why in (
+        (lambda *_: SimpleNamespace(namespace="sparsebert_reference"), "it has no GPU kernel here"),
+        (lambda *_: SimpleNamespace(namespace="sparsebert_triton"), None),
+        (refused, "SPARSEBERT_BACKEND=cpu: no"),
+    ):
+        monkeypatch.setitem(OPS, "block_sparse_linear", SimpleNamespace(choose=choose_))
+        assert _no_gpu_kernel(Blocks, weight) == why
+        assert _no_gpu_kernel(Blocks, torch.ones(1)) is None
 
 
 def test_a_choice_is_of_one_kind_of_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
