@@ -71,7 +71,8 @@ def tiles(seq: int, student_width: int, teacher_width: int, wide: bool, symmetri
     """The tile of every pass; `wide` where student or teacher is float32."""
     widest = padded(max(student_width, teacher_width))
     if wide:
-        chosen = Tiles(32 if widest <= 64 else 64, 32, 8, 2) if widest <= 128 else Tiles(32, 32, 8, 1)
+        # The high and low halves of the three products fill the registers: small tiles, or they spill.
+        chosen = Tiles(32, 16, 8, 2 if widest <= 128 else 1)
     elif widest <= 64:
         chosen = Tiles(64, 64, 4, 3)
     else:

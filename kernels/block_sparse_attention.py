@@ -188,9 +188,9 @@ def tiles(block: Sequence[int], dim: int, dtype: torch.dtype, bits: bool) -> tup
     """
     rows, width = block
     if dtype == torch.float32:
-        return min(rows, 64), 32, 8 if rows >= 64 else 4, 1
+        return min(rows, 64), 16, 8 if rows >= 64 else 4, 1
     keys = 128 if width == 128 and dim <= 64 and not bits else 64
-    if dim == 128 and rows == 64 and bits:
+    if dim == 128 and rows >= 64 and bits:
         keys = 32
     warps = {16: 2 if dim <= 64 else 4, 32: 4, 64: 4, 128: 8}[rows]
     return rows, keys, warps, 3 if dim <= 64 else 2

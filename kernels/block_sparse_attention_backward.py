@@ -151,13 +151,13 @@ def _keys_values(
         for step in range(0, ((count - full) * BQ + TQ - 1) // TQ):
             rows, base, entry, there = slots(columns, full, count, step, BQ, TQ)
             q_rows, g_rows = q + offsets(base, q_s, BQ, TQ), grad + offsets(base, g_s, BQ, TQ)
-            which = bits_row + rows // BQ
             if TQ > BQ:
-                which = which * bits_room + tl.load(places + entry, mask=there, other=0)
+                which = (bits_row + rows // BQ) * bits_room + tl.load(places + entry, mask=there, other=0)
+                which = which[None, :]
             else:
-                which = which * bits_room + tl.load(places + entry)
+                which = (bits_row + tl.load(columns + entry)) * bits_room + tl.load(places + entry)
             there = there & (rows < queries)
-            allowed = bits_of(bits, which[None, :], rows[None, :], own[:, None], there[None, :], BQ, BK)
+            allowed = bits_of(bits, which, rows[None, :], own[:, None], there[None, :], BQ, BK)
             sum_k, sum_v = _turned(
                 sum_k, sum_v, key, value, k_rows, v_rows, used, q_rows, g_rows, sums + rows, deltas + rows, there,
                 allowed, scale, True, True, D, CHUNK,

@@ -63,7 +63,9 @@ def tiles(
     splits = max(1, min(-(-2 * programs // parts), m // 512))
     cells = rows * width
     warps = 8 if cells > (64 * 128 if arch >= 90 and not wide else 32 * 64) else 4
-    return GradTiles(rows, width, 32 if wide else 64, splits, warps, 3)
+    # mma.sync wants its operands in registers too.
+    depth = 32 if wide or (arch < 90 and cells > 64 * 128) else 64
+    return GradTiles(rows, width, depth, splits, warps, 3)
 
 
 @triton.jit
