@@ -1,10 +1,17 @@
-// A module without torch: what this CPU can do and how the binaries were made. Read by `python -m sparsebert.info`.
+// A module without torch: what this CPU can do and how the binaries were made, read by `python -m sparsebert.info`; and
+// the CUDA kernels' bodies run on the host, for the tests.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <optional>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "cpu/isa.h"
+#include "emulate.h"
 
 namespace py = pybind11;
 
@@ -35,6 +42,106 @@ const char* isa() {
   }
 }
 
+using sparsebert::Float;
+using sparsebert::Grid;
+using Sizes = std::vector<int64_t>;
+
+// The memory of anything with Python's buffer protocol (an array of NumPy, a bytearray), and how long it is.
+template <typename T>
+T* memory(const py::buffer& buffer, const char* name, int64_t count, bool written = false) {
+  const py::buffer_info info = buffer.request(written);
+  if (info.size * info.itemsize < count * static_cast<int64_t>(sizeof(T))) {
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(count) + " elements, got fewer");
+  }
+  return static_cast<T*>(info.ptr);
+}
+
+Float type_of(const py::buffer& buffer, const char* name) {
+  const int64_t size = buffer.request().itemsize;
+  if (size != 4 && size != 2) throw py::value_error(std::string(name) + ": expected float32, or bfloat16 as 16-bit words");
+  return size == 4 ? Float::f32 : Float::bf16;
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+Grid grid_of(const Sizes& sizes) {
+  if (sizes.size() != 4 || *std::min_element(sizes.begin(), sizes.end()) < 1) {
+    throw py::value_error("grid: expected [rows, cols, height, width], all positive");
+  }
+  return Grid{sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+int64_t emulate_select(
+    const std::vector<py::buffer>& scores, const std::vector<py::buffer>& bits, std::optional<int64_t> num_pruned,
+    double threshold, const std::vector<py::buffer>& weights, const std::vector<py::buffer>& out,
+    const std::vector<Sizes>& grids, int64_t blocks, int64_t threads, int64_t capacity, bool backwards) {
+  if (bits.size() != scores.size() || weights.size() != out.size() || grids.size() != out.size() ||
+      (!out.empty() && out.size() != scores.size())) {
+    throw py::value_error("bits, weights, out, grids: expected as many as scores, or none of the last three");
+  }
+  std::vector<sparsebert::SelectEntry> entries;
+  for (size_t t = 0; t < scores.size(); ++t) {
+    sparsebert::SelectEntry entry{};
+    entry.count = scores[t].request().size;
+    entry.scores = memory<float>(scores[t], "scores", entry.count);
+    entry.bits = memory<uint8_t>(bits[t], "bits", sparsebert::bytes_for(entry.count), true);
+    entry.wide_scores = aligned(entry.scores);
+    entry.grid = Grid{1, entry.count, 1, 1};
+    if (!out.empty()) {
+      entry.grid = grid_of(grids[t]);
+      if (entry.grid.rows * entry.grid.cols != entry.count) throw py::value_error("grids: expected a cell to a score");
+      entry.weight_type = type_of(weights[t], "weights");
+      entry.weight = memory<uint8_t>(weights[t], "weights", entry.matrix_size() * weights[t].request().itemsize);
+      entry.out_type = type_of(out[t], "out");
+      entry.out = memory<uint8_t>(out[t], "out", entry.matrix_size() * out[t].request().itemsize, true);
+      entry.wide_matrix = aligned(entry.weight) && aligned(entry.out);
+    }
+    entries.push_back(entry);
+  }
+  sparsebert::SelectJob job{};
+  job.by_rank = num_pruned.has_value();
+  job.rank = num_pruned.value_or(0);
+  job.limit = sparsebert::key_of(sparsebert::bits_of(sparsebert::float_below(threshold)));
+  return sparsebert::emulate_select(job, entries, blocks, threads, capacity, backwards);
+}
+
+bool emulate_nm(
+    const py::buffer& scores, const py::buffer& bits, int64_t n, int64_t m, std::optional<double> threshold,
+    int64_t blocks, int64_t threads, bool backwards) {
+  const int64_t count = scores.request().size;
+  if (m < 1 || m > 32 || count % m != 0) throw py::value_error("m: expected 1 to 32, and whole groups of scores");
+  sparsebert::NmJob job{};
+  job.scores = memory<float>(scores, "scores", count);
+  job.count = count;
+  job.m = m;
+  job.keep = n;
+  job.limit = sparsebert::nm_limit(threshold);
+  job.bits = memory<uint8_t>(bits, "bits", sparsebert::bytes_for(count), true);
+  job.wide = aligned(job.scores);
+  return sparsebert::emulate_nm(job, blocks, threads, backwards);
+}
+
+void emulate_split(
+    const py::buffer& product, const py::buffer& weight, const py::buffer& bits, const Sizes& grid,
+    const std::optional<py::buffer>& score_grad, const std::optional<py::buffer>& weight_grad, int64_t blocks,
+    bool backwards) {
+  sparsebert::SplitJob job{};
+  job.grid = grid_of(grid);
+  const int64_t cells = job.grid.rows * job.grid.cols, total = job.grid.matrix_rows() * job.grid.matrix_cols();
+  job.product_type = type_of(product, "product");
+  job.product = memory<uint8_t>(product, "product", total * product.request().itemsize);
+  job.weight_type = type_of(weight, "weight");
+  job.weight = memory<uint8_t>(weight, "weight", total * weight.request().itemsize);
+  job.bits = memory<uint8_t>(bits, "bits", sparsebert::bytes_for(cells));
+  if (score_grad) job.score_grad = memory<float>(*score_grad, "score_grad", cells, true);
+  if (weight_grad) {
+    job.weight_grad = memory<uint8_t>(*weight_grad, "weight_grad", total * weight.request().itemsize, true);
+  }
+  job.wide = (job.grid.elementwise() || job.grid.matrix_cols() % sparsebert::kUnit == 0) && aligned(job.product) && aligned(job.weight) &&
+             aligned(job.weight_grad) && aligned(job.score_grad);
+  sparsebert::emulate_split(job, blocks, backwards);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -43,6 +150,25 @@ PYBIND11_MODULE(_host, m) {
   m.def("cpu_vendor", [] { return std::string(sparsebert::cpu().vendor); }, "CPUID's vendor word.");
   m.def("isa", &isa, "The instruction set the CPU kernels use: avx512_bf16, avx512, avx2 or generic.");
   m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); }, "Threads the machine runs at once.");
+  m.def(
+      "emulate_select", &emulate_select, py::arg("scores"), py::arg("bits"), py::arg("num_pruned"),
+      py::arg("threshold"), py::arg("weights"), py::arg("out"), py::arg("grids"), py::arg("blocks"), py::arg("threads"),
+      py::arg("capacity"), py::arg("backwards"),
+      "The CUDA select_mask (threshold_mask where num_pruned is None) on buffers: the place of a tensor with a NaN, "
+      "or -1.");
+  m.def(
+      "emulate_nm", &emulate_nm, py::arg("scores"), py::arg("bits"), py::arg("n"), py::arg("m"), py::arg("threshold"),
+      py::arg("blocks"), py::arg("threads"), py::arg("backwards"),
+      "The CUDA nm_mask on buffers: whether there is a NaN.");
+  m.def(
+      "emulate_split", &emulate_split, py::arg("product"), py::arg("weight"), py::arg("bits"), py::arg("grid"),
+      py::arg("score_grad"), py::arg("weight_grad"), py::arg("blocks"), py::arg("backwards"),
+      "The CUDA split_weight_grad on buffers; None for a result that is not wanted.");
+  py::dict layout;
+  layout["select_shared"] = sparsebert::kSelectSharedBytes;
+  layout["split_segment"] = int64_t{sparsebert::SplitTiles::kSegment};
+  layout["split_cols"] = int64_t{sparsebert::SplitTiles::kCols};
+  m.attr("cuda_layout") = layout;
   m.attr("compiler") = __VERSION__;
   m.attr("flags") = SB_FLAGS;
 }

@@ -58,7 +58,7 @@ CUDA_ARCHITECTURES = (
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", TORCH_TARGET, "-DUSE_CUDA")
 # What $SPARSEBERT_SANITIZE may name, separated by commas; tests/sanitize.py sets it.
 SANITIZERS = ("address", "undefined")
-SUFFIXES = {".cpp", ".cu", ".h", ".inc"}
+SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".inc"}
 RECORD = "_binaries.json"
 HOST = "_host" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 

@@ -2,11 +2,10 @@
 
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "isa.h"
+#include "select_digits.h"
 
 namespace sparsebert {
 
@@ -30,11 +29,5 @@ struct ScanKernels {
 };
 
 const ScanKernels& scan_kernels(Isa isa);
-
-// The largest float that is <= value: for a float x, x > value exactly where x > float_below(value).
-inline float float_below(double value) {
-  const float near = static_cast<float>(value);
-  return static_cast<double>(near) > value ? std::nextafter(near, -std::numeric_limits<float>::infinity()) : near;
-}
 
 }  // namespace sparsebert

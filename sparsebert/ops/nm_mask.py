@@ -18,7 +18,8 @@ MAX_M = 32
 def nm_mask(scores: Tensor, n: int, m: int, threshold: float | None = None) -> Tensor:
     """Keep the `n` largest of every `m` consecutive scores, and with `threshold` all above it too.
 
-    Of equal scores the earliest is pruned first; -0.0 equals 0.0.
+    Of equal scores the earliest is pruned first; -0.0 equals 0.0. In a captured CUDA graph a NaN is no error: it
+    leaves no bit set.
 
     Args:
         scores: `[N, K]`, `m` divides `K`; any float dtype (the compiled kernel works on float32).

@@ -27,6 +27,10 @@ def select_mask(
     The score tensors count as one sequence, in list order and row-major within a tensor. Of equal scores the earliest
     are pruned first; -0.0 equals 0.0. The result does not depend on the number of threads.
 
+    On a GPU nothing waits for the result where `out` is given and is not `weights`, as in a training's steps. A NaN
+    among the scores is no error there: it leaves NaN in all of `out` and no bit set, so that the next loss tells. In a
+    captured CUDA graph it is none either; bits are all 0, and an `out` that is `weights` stays as it was.
+
     Args:
         scores: float32 tensors of any shape on one device (float16, bfloat16 and float64 are taken too, exactly).
         num_pruned: how many entries get 0, in `[0, total]`.
