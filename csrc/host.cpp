@@ -213,6 +213,13 @@ PYBIND11_MODULE(_host, m) {
       "emulate_bitmap_tiles", &emulate_bitmap_tiles, py::arg("values"), py::arg("bits"), py::arg("starts"),
       py::arg("dense"), py::arg("shape"), py::arg("gather"), py::arg("backwards"),
       "The CUDA bitmap_decode on buffers of 16-bit words, or bitmap_gather.");
+  m.def(
+      "bitmap_plan",
+      [](int64_t n, int64_t k, int64_t rows, int64_t processors) {
+        const sparsebert::BitmapPlan plan = sparsebert::bitmap_plan(n, k, rows, processors);
+        return Sizes{plan.row_tiles, plan.col_tiles, plan.per_block, plan.groups, plan.token_tiles, plan.splits};
+      },
+      "The plan of a CUDA bitmap_linear, in the order of the fields of kernels/_bitmap_costs.py's.");
   py::dict layout;
   layout["select_shared"] = sparsebert::kSelectSharedBytes;
   layout["split_segment"] = int64_t{sparsebert::SplitTiles::kSegment};

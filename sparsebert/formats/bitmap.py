@@ -71,9 +71,7 @@ class Bitmap(Format):
     def linear(
         self, x: Tensor, bias: Tensor | None = None, activation: str = "none", transposed: Sequence[Tensor] = ()
     ) -> Tensor:
-        return bitmap_linear(
-            x, self.values, self.bits, self.starts, bias, shape=self.shape, activation=activation
-        )
+        return bitmap_linear(x, self.values, self.bits, self.starts, bias, shape=self.shape, activation=activation)
 
 
 def _starts(tiles: Tensor) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from sparsebert.kernels import _bitmap_costs as costs
+from dataclasses import astuple
+
+import pytest
 from sparsebert.kernels._cost import CEILINGS
+
+from sparsebert import _load
+from sparsebert.kernels import _bitmap_costs as costs
 
 
 def test_a_layer_of_bert_by_hand() -> None:
@@ -25,6 +30,16 @@ def test_few_rows_of_tiles_split_k() -> None:
     partial = 4 * 2 * 16 * 768
     assert cost.written == partial + 2 * 16 * 768 and cost.launches == 2
     assert cost.read == costs.stored_bytes(768, 3072, 0) + 2 * 16 * 3072 + partial
+
+
+def test_the_plan_is_the_kernels_own() -> None:
+    host = _load.host()
+    if host is None or not hasattr(host, "bitmap_plan"):
+        pytest.skip("the host module was not built")
+    for n, k in ((1, 1), (768, 768), (768, 3072), (3072, 768), (4224, 64), (9000, 1024), (16, 5000)):
+        for rows in (1, 9, 17, 64, 65, 256):
+            for processors in (1, 108, 132):
+                assert list(astuple(costs.plan(n, k, rows, processors))) == host.bitmap_plan(n, k, rows, processors)
 
 
 def test_plans_at_the_edges() -> None:
