@@ -66,7 +66,8 @@ SB_HOST_DEVICE inline void bitmap_fragment(uint32_t bits, const uint16_t* values
 }
 
 // The 8 words of 16 columns of a row from `col` on; what is beyond `cols` is 0. `wide`: whole 16 bytes can be read.
-SB_HOST_DEVICE inline void load_sixteen(const uint16_t* row, int64_t col, int64_t cols, bool wide, uint32_t (&words)[8]) {
+SB_HOST_DEVICE inline void load_sixteen(
+    const uint16_t* row, int64_t col, int64_t cols, bool wide, uint32_t (&words)[8]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t from = col + 8 * half;

@@ -62,7 +62,9 @@ class HostBitmapWarp {
         for (int i = 0; i < 8; ++i) {
           const int64_t row = lane / 4 + (i % 4 >= 2 ? 8 : 0), k = lane % 4 * 2 + i % 2 + (i >= 4 ? 8 : 0);
           a[row][k] = half_of(lanes_[lane].words[4 * s + i / 2], i % 2);
-          if (i < 4) b[lane % 4 * 2 + i % 2 + (i >= 2 ? 8 : 0)][lane / 4] = half_of(lanes_[lane].x[j % A][2 * s + i / 2], i % 2);
+          if (i >= 4) continue;
+          const int64_t of_b = lane % 4 * 2 + i % 2 + (i >= 2 ? 8 : 0);
+          b[of_b][lane / 4] = half_of(lanes_[lane].x[j % A][2 * s + i / 2], i % 2);
         }
       }
       for (int64_t lane = 0; lane < kBitmapLanes; ++lane) {

@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const __grid_consta
 template <Float kType>
 __global__ void __launch_bounds__(kThreads) splits_kernel(const __grid_constant__ BitmapJob job) {
   bitmap_add_splits(
-      kType, job, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, static_cast<int64_t>(gridDim.x) * kThreads);
+      kType, job, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+      static_cast<int64_t>(gridDim.x) * kThreads);
 }
 
 template <int T, Float kType>

@@ -37,7 +37,7 @@ class Bitmap(Format):
     """int64 `[tiles + 1]`: each tile's first value."""
 
     name = "bitmap"
-    op = "bitmap_linear"
+    # No `op`: which dtypes the kernels take is not as for the other layers, so calls go through `bitmap_linear`.
 
     @classmethod
     def from_dense(cls, weight: Tensor, mask: Tensor | None = None) -> Self:
