@@ -12,6 +12,7 @@
 
 #include "cpu/isa.h"
 #include "emulate.h"
+#include "emulate_bitmap.h"
 
 namespace py = pybind11;
 
@@ -142,6 +143,46 @@ void emulate_split(
   sparsebert::emulate_split(job, blocks, backwards);
 }
 
+sparsebert::BitmapWeight bitmap_of(
+    const py::buffer& values, const py::buffer& bits, const py::buffer& starts, int64_t n, int64_t k) {
+  if (n < 1 || k < 1) throw py::value_error("n, k: expected positive sizes");
+  sparsebert::BitmapWeight weight{};
+  weight.n = n;
+  weight.k = k;
+  weight.nnz = values.request().size;
+  weight.values = memory<uint16_t>(values, "values", weight.nnz);
+  weight.bits = memory<uint32_t>(bits, "bits", weight.tiles() * sparsebert::kBitmapLanes);
+  weight.starts = memory<int64_t>(starts, "starts", weight.tiles() + 1);
+  return weight;
+}
+
+void emulate_bitmap_linear(
+    const py::buffer& x, const py::buffer& values, const py::buffer& bits, const py::buffer& starts,
+    const std::optional<py::buffer>& bias, const py::buffer& y, const Sizes& sizes, const std::string& activation,
+    int64_t processors, bool backwards) {
+  if (sizes.size() != 3 || sizes[0] < 1 || processors < 1) throw py::value_error("sizes: expected [M, N, K], positive");
+  sparsebert::BitmapJob job{};
+  job.m = sizes[0];
+  job.weight = bitmap_of(values, bits, starts, sizes[1], sizes[2]);
+  job.x = memory<uint16_t>(x, "x", job.m * job.weight.k);
+  job.bias = bias ? memory<uint16_t>(*bias, "bias", job.weight.n) : nullptr;
+  job.y = memory<uint16_t>(y, "y", job.m * job.weight.n, true);
+  job.epilogue = sparsebert::epilogue_of(activation);
+  job.wide = job.weight.k % sparsebert::kUnit == 0 && aligned(job.x);
+  sparsebert::emulate_bitmap_linear(job, processors, backwards);
+}
+
+void emulate_bitmap_tiles(
+    const py::buffer& values, const py::buffer& bits, const py::buffer& starts, const py::buffer& dense,
+    const Sizes& shape, bool gather, bool backwards) {
+  if (shape.size() != 2) throw py::value_error("shape: expected [N, K]");
+  const sparsebert::BitmapWeight weight = bitmap_of(values, bits, starts, shape[0], shape[1]);
+  uint16_t* matrix = memory<uint16_t>(dense, "dense", weight.n * weight.k, true);
+  uint16_t* gathered = gather ? memory<uint16_t>(values, "values", weight.nnz, true) : nullptr;
+  const bool wide = weight.k % sparsebert::kUnit == 0 && aligned(matrix);
+  sparsebert::emulate_bitmap_tiles(weight, matrix, gathered, wide, backwards);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -164,6 +205,21 @@ PYBIND11_MODULE(_host, m) {
       "emulate_split", &emulate_split, py::arg("product"), py::arg("weight"), py::arg("bits"), py::arg("grid"),
       py::arg("score_grad"), py::arg("weight_grad"), py::arg("blocks"), py::arg("backwards"),
       "The CUDA split_weight_grad on buffers; None for a result that is not wanted.");
+  m.def(
+      "emulate_bitmap_linear", &emulate_bitmap_linear, py::arg("x"), py::arg("values"), py::arg("bits"),
+      py::arg("starts"), py::arg("bias"), py::arg("y"), py::arg("sizes"), py::arg("activation"), py::arg("processors"),
+      py::arg("backwards"), "The CUDA bitmap_linear on buffers of bfloat16 words.");
+  m.def(
+      "emulate_bitmap_tiles", &emulate_bitmap_tiles, py::arg("values"), py::arg("bits"), py::arg("starts"),
+      py::arg("dense"), py::arg("shape"), py::arg("gather"), py::arg("backwards"),
+      "The CUDA bitmap_decode on buffers of 16-bit words, or bitmap_gather.");
+  m.def(
+      "bitmap_plan",
+      [](int64_t n, int64_t k, int64_t rows, int64_t processors) {
+        const sparsebert::BitmapPlan plan = sparsebert::bitmap_plan(n, k, rows, processors);
+        return Sizes{plan.row_tiles, plan.col_tiles, plan.per_block, plan.groups, plan.token_tiles, plan.splits};
+      },
+      "The plan of a CUDA bitmap_linear, in the order of the fields of kernels/_bitmap_costs.py's.");
   py::dict layout;
   layout["select_shared"] = sparsebert::kSelectSharedBytes;
   layout["split_segment"] = int64_t{sparsebert::SplitTiles::kSegment};

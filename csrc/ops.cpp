@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def(
       "semi_structured_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias, int[] pattern, "
       "str activation, Tensor[] transposed) -> Tensor");
+  m.def(
+      "bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor starts, Tensor? bias, int[] shape, "
+      "str activation) -> Tensor");
+  m.def("bitmap_decode(Tensor values, Tensor bits, Tensor starts, int[] shape) -> Tensor");
+  m.def("bitmap_gather(Tensor dense, Tensor bits, Tensor starts, int nnz) -> Tensor");
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor");
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> Tensor");
   m.def(

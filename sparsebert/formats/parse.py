@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsebert.errors import UserError, unknown
 from sparsebert.formats.base import Format
+from sparsebert.formats.bitmap import Bitmap
 from sparsebert.formats.blocks import Blocks
 from sparsebert.formats.compact import Compact
 from sparsebert.formats.dense import Dense
@@ -15,7 +16,9 @@ from sparsebert.formats.unstructured import Unstructured
 
 __all__ = ["FORMATS", "parse_format"]
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Unstructured, Blocks, SemiStructured, Compact, Dense)}
+FORMATS: dict[str, type[Format]] = {
+    cls.name: cls for cls in (Unstructured, Bitmap, Blocks, SemiStructured, Compact, Dense)
+}
 
 # Spelling of a format's options: what follows its name, and an example.
 _OPTIONS = {
@@ -28,7 +31,7 @@ def parse_format(spelling: str) -> tuple[type[Format], dict[str, Any]]:
     """The class of a format and the options of its `from_dense`.
 
     Args:
-        spelling: "unstructured", "blocks:RxC", "semi_structured:n:m", "compact" or "dense".
+        spelling: "unstructured", "bitmap", "blocks:RxC", "semi_structured:n:m", "compact" or "dense".
 
     Raises:
         TypeError: no string. UserError: a spelling that is none of these.

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsebert.errors import UserError
 from sparsebert.nn.masked import MaskedLinear
+from sparsebert.ops.bitmap_linear import DTYPES as BITMAP_DTYPES
 from sparsebert.ops.bits import expand_grid, unpack_bits
 
 __all__ = ["Structure", "check_dtype", "check_mask", "check_weight", "kept_of", "mask_of", "structure_of"]
@@ -71,6 +72,8 @@ class Structure:
             trainable: whether formats that store pruned weights as zeros are left out.
         """
         stored = {"unstructured": self.kept, **self._compact(), **self._patterns()}
+        if self.mask.is_cuda and dtype in BITMAP_DTYPES:
+            stored["bitmap"] = self.kept
         left_out = {}
         for block in GPU_SQUARES if self.on_gpu else (*BLOCKS.get(dtype, ()), *SQUARES):
             spelling = f"blocks:{block[0]}x{block[1]}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from sparsebert.ops.add_layer_norm import add_layer_norm
 from sparsebert.ops.attention_kl import attention_kl
 from sparsebert.ops.attention_mse import attention_mse
+from sparsebert.ops.bitmap_decode import bitmap_decode
+from sparsebert.ops.bitmap_gather import bitmap_gather
+from sparsebert.ops.bitmap_linear import bitmap_linear
 from sparsebert.ops.bits import pack_bits, unpack_bits
 from sparsebert.ops.block_lists import BlockLists
 from sparsebert.ops.block_sparse_attention import block_sparse_attention
@@ -32,6 +35,9 @@ __all__ = [
     "add_layer_norm",
     "attention_kl",
     "attention_mse",
+    "bitmap_decode",
+    "bitmap_gather",
+    "bitmap_linear",
     "block_sparse_attention",
     "block_sparse_ffn",
     "block_sparse_linear",

@@ -145,17 +145,19 @@ def run(
     constants: tuple[Any, ...],
     activation: str,
     *transposed: list[Tensor],
+    supported: bool | None = None,
 ) -> Tensor:
     """Run a layer's op on checked operands: with its activation fused, or recorded by autograd and activated after.
 
     The op's inputs are `(x, values, *index, bias, *constants, activation, *transposed)`; `shape` is the weight's.
+    `supported`: whether the compiled bodies take this dtype, where `is_supported` does not say it.
     """
     if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
     if not (shape[0] and shape[1]):
         # Without a row or column there is nothing stored, and no kernel is asked.
         return linear_reference(x, values.reshape(tuple(shape)), bias, activation)
-    supported = is_supported(x.dtype, x.device.type)
+    supported = is_supported(x.dtype, x.device.type) if supported is None else supported
     bias = None if bias is None else bias.contiguous()
     inputs = (x.contiguous(), values.contiguous(), *index, bias, *constants)
     if torch.is_grad_enabled() and (

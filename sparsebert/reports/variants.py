@@ -161,7 +161,7 @@ def _stored(structure: Structure, dtype: torch.dtype, asked: Sequence[str]) -> t
             candidates |= {} if count is None else {spelling: count}
     found = {}
     for spelling, stored in candidates.items():
-        least = _LEAST_SINGLE if spelling == "unstructured" else _LEAST_GONE
+        least = _LEAST_SINGLE if spelling in ("unstructured", "bitmap") else _LEAST_GONE
         if stored <= (1 - least) * structure.size:
             found[spelling] = stored
         else:

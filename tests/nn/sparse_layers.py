@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsebert.nn import SparseLinear
 
-FORMATS = ("unstructured", "blocks:4x2", "semi_structured:2:4", "compact", "dense")
+FORMATS = ("unstructured", "blocks:4x2", "semi_structured:2:4", "compact", "dense", "bitmap")
 
 
 def mask_for(spelling: str, n: int, k: int, seed: int = 0) -> Tensor:
@@ -23,7 +23,7 @@ def mask_for(spelling: str, n: int, k: int, seed: int = 0) -> Tensor:
     if spelling == "compact":
         rows, columns = (torch.rand(size, generator=generator) > 0.4 for size in (n, k))
         return rows[:, None] & columns
-    return torch.rand(n, k, generator=generator) > (0.8 if spelling == "unstructured" else -1)
+    return torch.rand(n, k, generator=generator) > (0.8 if spelling in ("unstructured", "bitmap") else -1)
 
 
 def linear_of(n: int, k: int, bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Linear:

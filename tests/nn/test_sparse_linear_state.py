@@ -25,6 +25,7 @@ INDEX = {
     "semi_structured:2:4": ("positions",),
     "compact": ("kept_rows", "kept_columns"),
     "dense": (),
+    "bitmap": ("bits", "starts"),
 }
 
 
