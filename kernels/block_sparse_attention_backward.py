@@ -380,7 +380,9 @@ def _rows_specimen(dtype: torch.dtype, dim: int) -> Specimen:
     signature |= dict.fromkeys(("lse", "grad_lse", "sums", "deltas"), "*fp32")
     strides = tuple(f"{name}_{axis}" for name in "go" for axis in "bhs")
     signature |= dict.fromkeys((*strides, "heads", "tokens"), "i32")
-    return Specimen(f"{word}, D {dim}: rows", _rows, signature, {"D": dim, "ROWS": _FIRST // dim}, divisible_by_16=strides)
+    return Specimen(
+        f"{word}, D {dim}: rows", _rows, signature, {"D": dim, "ROWS": _FIRST // dim}, divisible_by_16=strides
+    )
 
 
 def pair(dtype: torch.dtype, dim: int, block: tuple[int, int], label: str) -> list[Specimen]:

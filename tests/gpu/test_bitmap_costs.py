@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import astuple
 
 import pytest
-from sparsebert.kernels._cost import CEILINGS
 
 from sparsebert import _load
 from sparsebert.kernels import _bitmap_costs as costs
+from sparsebert.kernels._cost import CEILINGS
 
 
 def test_a_layer_of_bert_by_hand() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from sparsebert.kernels._cost import CEILINGS, Cost
 
 from sparsebert import _load
 from sparsebert.kernels import _cuda_costs as costs
+from sparsebert.kernels._cost import CEILINGS, Cost
 
 
 def test_one_matrix_is_read_once() -> None:
