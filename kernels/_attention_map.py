@@ -71,8 +71,9 @@ def tiles(seq: int, student_width: int, teacher_width: int, wide: bool, symmetri
     """The tile of every pass; `wide` where student or teacher is float32."""
     widest = padded(max(student_width, teacher_width))
     if wide:
-        # The high and low halves of the three products fill the registers: small tiles, or they spill.
-        chosen = Tiles(32, 16, 8, 2 if widest <= 128 else 1)
+        # Small, as the high and low halves of the three products fill the registers; square, so that both passes form
+        # a score in the same way.
+        chosen = Tiles(16, 16, 4 if widest <= 64 else 8, 1)
     elif widest <= 64:
         chosen = Tiles(64, 64, 4, 3)
     else:
@@ -146,20 +147,27 @@ def _chunk(base, stride, rows, keep, from_column, WHOLE: tl.constexpr, WIDTH: tl
 def _scores(
     own, own_base, own_stride, rows, rows_kept, other, base, stride, columns, keep, factor,
     WHOLE: tl.constexpr, BARE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    TURNED: tl.constexpr = False,
 ):  # fmt: skip
     """`own other^T * factor`, columns that are not kept -inf unless BARE.
 
     float32 is multiplied a chunk of the width at a time, loaded again: of whole tiles the high and low halves, which
-    its three products take, would not fit the registers.
+    its three products take, would not fit the registers. TURNED, where `own` are keys, it is multiplied as the pass by
+    queries does: a score that is rounded in another way does not fit its row's statistics, and in float32 that is seen.
     """
-    found = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    if TURNED:
+        found = tl.zeros([columns.shape[0], rows.shape[0]], tl.float32)
+    else:
+        found = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     if CHUNK == PADDED:
-        found = dot(own, tl.trans(other), found)
+        found = dot(other, tl.trans(own), found) if TURNED else dot(own, tl.trans(other), found)
     else:
         for at in range(0, PADDED, CHUNK):
             left = _chunk(own_base, own_stride, rows, rows_kept, at, WHOLE, WIDTH, CHUNK)
             right = _chunk(base, stride, columns, keep, at, WHOLE, WIDTH, CHUNK)
-            found = dot(left, tl.trans(right), found)
+            found = dot(right, tl.trans(left), found) if TURNED else dot(left, tl.trans(right), found)
+    if TURNED:
+        found = tl.trans(found)
     found *= factor
     if not (WHOLE or BARE):
         found = tl.where(keep[None, :], found, -float("inf"))
@@ -409,12 +417,12 @@ def columns_kernel(
         other = _load_rows(tq, tq_token, columns, keep, WHOLE, TEACHER, TEACHER_PADDED)
         t = _scores(
             theirs, tk, tk_token, rows, row_kept, other, tq, tq_token, columns, keep, teacher_factor,
-            WHOLE, True, TEACHER, TEACHER_PADDED, TEACHER_CHUNK,
+            WHOLE, True, TEACHER, TEACHER_PADDED, TEACHER_CHUNK, teacher_q.dtype.element_ty == tl.float32,
         )  # fmt: skip
         q = _load_rows(sq, sq_token, columns, keep, WHOLE, STUDENT, STUDENT_PADDED)
         s = _scores(
             mine, sk, sk_token, rows, row_kept, q, sq, sq_token, columns, keep, student_factor,
-            WHOLE, True, STUDENT, STUDENT_PADDED, STUDENT_CHUNK,
+            WHOLE, True, STUDENT, STUDENT_PADDED, STUDENT_CHUNK, student_q.dtype.element_ty == tl.float32,
         )  # fmt: skip
         d = _columns_difference(s, t, of, columns, seq, KIND)
         acc = dot((d * RAISE).to(q.dtype), q, acc)
