@@ -41,7 +41,7 @@ class Tiles:
     stages: int = 3
 
 
-def tiles(classes: int, bytes_per_class: int) -> Tiles:
+def tiles(classes: int, bytes_per_class: int, need_grad: bool = True) -> Tiles:
     """The tiles for rows of `classes`, `bytes_per_class` of student and teacher together."""
     block = max(power_of_2(classes), 2)
     if block <= 8192:
@@ -49,7 +49,8 @@ def tiles(classes: int, bytes_per_class: int) -> Tiles:
         # 16 classes a thread at the most leave room for the exponentials of both.
         return Tiles(rows, block, True, min(max(rows * block // 512, 4), 16))
     # What is under way is to stay in the L2 cache: three rows a multiprocessor, or one of twice the threads.
-    return Tiles(1, 2048, False, 8 if classes * bytes_per_class <= 128 * 1024 else 16)
+    # Without a gradient wider steps would spill on sm_80.
+    return Tiles(1, 2048 if need_grad else 1024, False, 8 if classes * bytes_per_class <= 128 * 1024 else 16)
 
 
 @triton.jit
@@ -159,7 +160,7 @@ def soft_cross_entropy(
     if rows == 0:
         return torch.zeros((), dtype=torch.float32, device=student_logits.device), grad
     bytes_each = student_logits.element_size(), teacher_logits.element_size()
-    tile, vector = tiles(classes, sum(bytes_each)), gcd(classes, 16 // min(bytes_each))
+    tile, vector = tiles(classes, sum(bytes_each), need_grad), gcd(classes, 16 // min(bytes_each))
     programs = -(-rows // tile.rows)
     partials = torch.empty(programs, dtype=torch.float32, device=student_logits.device)
     kept = count_of(mask)
@@ -186,7 +187,7 @@ def specimens() -> list[Specimen]:
 
 
 def _specimen(dtypes: tuple[torch.dtype, torch.dtype], classes: int, masked: bool, need_grad: bool) -> Specimen:
-    tile = tiles(classes, sum(d.itemsize for d in dtypes))
+    tile = tiles(classes, sum(d.itemsize for d in dtypes), need_grad)
     student, teacher = (triton_type(d) for d in dtypes)
     signature = {"student": f"*{student}", "teacher": f"*{teacher}", "mask": "*i1", "kept": "*i64"}
     signature |= {"grad": f"*{student}", "partials": "*fp32", "rows": "i32", "groups": "i32"}
@@ -214,7 +215,7 @@ def cost(
     masked: bool = False,
 ) -> Cost:
     """What a call moves and computes, with every row counting; `*_bytes`: of a logit. Exponentials count as one."""
-    tile = tiles(classes, student_bytes + teacher_bytes)
+    tile = tiles(classes, student_bytes + teacher_bytes, need_grad)
     programs = -(-rows // tile.rows)
     read = rows * classes * (student_bytes + teacher_bytes) + (rows if masked else 0)
     written = rows * classes * student_bytes * need_grad + 4 * programs
