@@ -117,7 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.record:
         import triton
 
-        note = f"Made by `python -m benchmarks.compiled --record`, Triton {triton.__version__}; no GPU is needed."
+        command = "python -m benchmarks.compiled --record" + " --brief" * options.brief
+        note = f"Made by `{command}`, Triton {triton.__version__}; no GPU is needed."
+        if options.brief:
+            note += " One choice of tiles for every kernel and dtype; without `--brief` all of them."
         path = ROOT / "benchmarks" / "results" / "compiled.md"
         path.write_text(f"# What the Triton kernels take, compiled\n\n{note}\n\n{table(rows)}\n", encoding="utf-8")
     return int(any("error" in row for row in rows))
