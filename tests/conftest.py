@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
     import tiny
+
+# Where there is no GPU Triton's kernels run in its interpreter (tests/gpu). Triton reads this when it is first imported,
+# which torch's compiler does too, so it is set before any test is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A first example may wait for the compiled extension to be built; no test may depend on the clock.
 settings.register_profile("sparsebert", deadline=None, max_examples=25, print_blob=True)
@@ -19,8 +26,6 @@ settings.load_profile("sparsebert")
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny matrices take longer on several threads than on one."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-# Triton reads it when it is first imported. Nothing else in the tests runs Triton's kernels.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
