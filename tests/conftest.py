@@ -13,8 +13,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     import tiny
 
-# Where there is no GPU Triton's kernels run in its interpreter (tests/gpu). Triton reads this when it is first imported,
-# which torch's compiler does too, so it is set before any test is.
+# Where there is no GPU Triton's kernels run in its interpreter (tests/gpu). Triton reads this when it is first
+# imported, which torch's compiler does too, so it is set before any test is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
