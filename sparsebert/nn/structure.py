@@ -72,7 +72,7 @@ class Structure:
             trainable: whether formats that store pruned weights as zeros are left out.
         """
         stored = {"unstructured": self.kept, **self._compact(), **self._patterns()}
-        if self.mask.is_cuda and dtype in BITMAP_DTYPES:
+        if self.on_gpu and dtype in BITMAP_DTYPES:
             stored["bitmap"] = self.kept
         left_out = {}
         for block in GPU_SQUARES if self.on_gpu else (*BLOCKS.get(dtype, ()), *SQUARES):

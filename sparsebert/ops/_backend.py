@@ -266,7 +266,8 @@ def _or_reference(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
         if name in _failed and not _must_raise() and _kind(args) in _failed[name]:
             return getattr(getattr(torch.ops, REFERENCE), name)(*args)
         try:
-            return body(*args)
+            with _on_device_of(args):
+                return body(*args)
         except Exception as error:
             if _must_raise() or not _is_of_the_kernel(error):
                 raise
@@ -282,6 +283,15 @@ def _or_reference(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
         return getattr(getattr(torch.ops, REFERENCE), name)(*args)
 
     return run
+
+
+def _on_device_of(args: Sequence[Any]) -> Any:
+    """A context in which the GPU that the tensors are on is the current one: Triton launches on that."""
+    for arg in args:
+        first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if isinstance(first, torch.Tensor):
+            return torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+    return contextlib.nullcontext()
 
 
 def _must_raise() -> bool:
