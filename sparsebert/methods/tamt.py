@@ -41,8 +41,9 @@ from sparsebert.models.mlm_head import MaskedLMHead, new_mlm_head, read_mlm_head
 
 __all__ = ["Tamt", "search_steps"]
 
-# The two first values of a score, as in the released code.
+# The two first values of a score, as in the released code; the first is also the mean of graded ones.
 _KEPT, _PRUNED = 0.02, 0.0
+_INITS = ("magnitude", "graded", "random")
 
 # Sparsity and the steps of the published searches: as many as the paper's iterative pruning takes to get there.
 _STEPS = ((0.0, 3000), (0.2, 3000), (0.3, 6000), (0.4, 8000), (0.5, 11000), (0.6, 14000), (0.7, 17000), (0.8, 20000),
@@ -75,8 +76,10 @@ class Settings:
     """Blocks of text of a search step on each device."""
     score_learning_rate: float = 0.0
     """Learning rate of the scores, falling to 0 along a line; 0 takes the paper's, 5e-5, or 2e-5 for `kd`."""
-    init: Literal["magnitude", "random"] = "magnitude"
-    """The mask that the search begins with: of one-shot magnitude pruning, or at random places."""
+    init: Literal["magnitude", "graded", "random"] = "magnitude"
+    """The first scores: `magnitude`, as published, one value for what one-shot magnitude pruning keeps and one for the
+    rest; `graded`, the magnitudes themselves, scaled to the mean of 0.02: the same first mask, from which the weights
+    near the threshold move first, so that a short search gets much further; `random`, two values at random places."""
     segments: bool = True
     """Whether half of the blocks are shown as a pair of texts, with a [SEP] between them and token type 1 after it,
     where the model tells segments apart (BERT). False: as published, all is one segment."""
@@ -168,9 +171,10 @@ class _Search(Phase):
         module, masks, context = self.module, self.tamt.masks, self.tamt.context
         freeze(module)
         module.model.set_base_dropout(True)
-        masks.select(self._ranks(), context.sparsity, context.allocation)
+        ranks = self._ranks()
+        masks.select(ranks, context.sparsity, context.allocation)
         self.first = masks.units()
-        masks.learn([torch.where(kept, _KEPT, _PRUNED) for kept in self.first])
+        masks.learn(self._first_scores(ranks))
         self.scores: list[Tensor] = list(masks.scores or [])
         for score, group in zip(self.scores, masks.groups, strict=True):
             # No loss on tokens comes by the pooler: its mask stays as it began.
@@ -187,10 +191,21 @@ class _Search(Phase):
     def _ranks(self) -> list[Tensor]:
         masks = self.tamt.masks
         sizes = masks.pattern.magnitude(masks.groups, masks.weights())
-        if self.tamt.settings.init == "magnitude":
+        if self.tamt.settings.init != "random":
             return sizes
         generator = torch.Generator().manual_seed(self.tamt.context.seed)
         return [torch.rand(size.shape, generator=generator).to(size.device) for size in sizes]
+
+    def _first_scores(self, ranks: list[Tensor]) -> list[Tensor]:
+        """One score a unit, float32; all of a matrix, or of the model under a global threshold, on one scale."""
+        if self.tamt.settings.init != "graded":
+            return [torch.where(kept, _KEPT, _PRUNED) for kept in self.first]
+        means = [rank.mean() for rank in ranks]
+        if self.tamt.context.allocation == "global":
+            units = sum(rank.numel() for rank in ranks)
+            whole = torch.stack([rank.sum() for rank in ranks]).sum() / units
+            means = [whole for _ in ranks]
+        return [rank * (_KEPT / mean.clamp(min=1e-30)) for rank, mean in zip(ranks, means, strict=True)]
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         groups = [{"params": [score for score in self.scores if score.requires_grad], "lr": learning_rate}]
@@ -281,7 +296,7 @@ class Tamt(Method):
     def check(self) -> None:
         super().check()
         settings = self.settings
-        for name, known in (("objective", tuple(LOSSES)), ("init", ("magnitude", "random"))):
+        for name, known in (("objective", tuple(LOSSES)), ("init", _INITS)):
             if getattr(settings, name) not in known:
                 raise unknown(name, str(getattr(settings, name)), known)
         for name in ("search_steps", "train_mlm_head"):

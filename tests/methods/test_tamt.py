@@ -119,6 +119,22 @@ def test_scores_have_two_first_values_those_of_one_shot_magnitude() -> None:
         assert torch.equal(method.masks.dense()[name], score > 0.01)
 
 
+@pytest.mark.parametrize("allocation", ["matrix", "global"])
+def test_graded_first_scores_are_the_magnitudes_and_begin_with_the_same_mask(allocation: str) -> None:
+    published, _ = searching(sparsity=0.7, allocation=allocation)
+    method, _ = searching(init="graded", sparsity=0.7, allocation=allocation)
+    assert all(torch.equal(a, b) for a, b in zip(method.masks.units(), published.masks.units(), strict=True))
+    scales = []
+    for weight, score in zip(method.masks.weights().values(), scores_of(method), strict=True):
+        assert score.dtype == torch.float32
+        scales.append((score.detach() / weight.abs()).flatten())
+        assert torch.allclose(scales[-1], scales[-1][:1].expand_as(scales[-1]), rtol=1e-4)
+        if allocation == "matrix":
+            assert float(score.detach().mean()) == pytest.approx(0.02, rel=1e-4)
+    if allocation == "global":
+        assert torch.allclose(torch.stack([scale[0] for scale in scales]), scales[0][0].expand(len(scales)), rtol=1e-4)
+
+
 def test_random_first_scores_are_those_of_the_seed() -> None:
     def first(seed: int) -> Tensor:
         method, _ = searching(init="random", seed=seed, sparsity=0.7)
