@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsebert.kernels._losses import gradient_dtype
 from sparsebert.kernels._triton import dot
 
 __all__ = ["STATISTICS", "Tiles", "constants_of", "map_loss", "padded", "raised", "tiles"]
@@ -462,10 +463,11 @@ def map_loss(
     """
     batch, heads, seq, width = student_q.shape
     loss = student_q.new_empty((), dtype=torch.float32)
-    grads = [student_q.new_empty(0) for _ in range(2)]
+    dtype = gradient_dtype(student_q.dtype)
+    grads = [student_q.new_empty(0, dtype=dtype) for _ in range(2)]
     if need_grad:
         for i in range(1 if symmetric else 2):
-            grads[i] = student_q.new_empty((batch, seq, heads, width)).transpose(1, 2)
+            grads[i] = student_q.new_empty((batch, seq, heads, width), dtype=dtype).transpose(1, 2)
     if batch * heads * seq == 0:
         return loss.zero_(), grads[0], grads[1]
     tensors = student_q, student_k, teacher_q, teacher_k

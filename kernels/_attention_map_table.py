@@ -17,6 +17,7 @@ from sparsebert.kernels._attention_map import (
     tiles,
 )
 from sparsebert.kernels._cost import Cost
+from sparsebert.kernels._losses import gradient_dtype
 from sparsebert.kernels._triton import Specimen, triton_type
 
 __all__ = ["map_cost", "map_specimens"]
@@ -110,11 +111,12 @@ def _specimens(
     named = f"{kind} {mine}/{theirs} {width}/{other}{' masked' if masked else ''} {tile.own}x{tile.other}"
     gradient = constants | {"RAISE": raised(kind, student)}
     usual = gradient | {"SYMMETRIC": symmetric, "DELTA": False}
-    made = [("rows", rows_kernel, {"grad": f"*{mine}", "partial": "*fp32"}, usual)]
+    grad = f"*{triton_type(gradient_dtype(student))}"
+    made = [("rows", rows_kernel, {"grad": grad, "partial": "*fp32"}, usual)]
     if kind == "mse" and torch.float32 in (student, teacher):
         made.append(("delta", rows_kernel, {"partial": "*fp32"}, usual | {"DELTA": True, "grad": None}))
     if not symmetric:
-        made.append(("columns", columns_kernel, {"grad": f"*{mine}"}, gradient))
+        made.append(("columns", columns_kernel, {"grad": grad}, gradient))
     if kind != "scores":
         made.append(("statistics", statistics_kernel, {}, constants))
     specimens = []

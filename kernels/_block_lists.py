@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sparsebert.kernels._triton import dot
 
-__all__ = ["below", "bits_of", "offsets", "place_of", "product", "sequence_of", "slots"]
+__all__ = ["below", "bits_of", "blocks_of", "offsets", "place_of", "product", "sequence_of", "slots"]
 
 
 @triton.jit
@@ -38,11 +38,15 @@ def place_of(order, blocks, heads, list_b, list_h, UNIT: tl.constexpr, TILE: tl.
 
 @triton.jit
 def sequence_of(cu_seqlens, batch, length):
-    """`(its first token, its length)`; `(0, length)` where all are as long."""
+    """`(its first token, its length)`; `(0, length)` where all are as long, else `length` is that of all tokens.
+
+    Nobody has looked at `cu_seqlens` on a GPU: whatever they say, no sequence leaves the tokens.
+    """
     start = (batch * 0).to(tl.int64)
     if cu_seqlens is not None:
-        start = tl.load(cu_seqlens + batch).to(tl.int64)
-        length = (tl.load(cu_seqlens + batch + 1) - start).to(tl.int32)
+        start = tl.maximum(tl.load(cu_seqlens + batch).to(tl.int64), 0)
+        end = tl.minimum(tl.load(cu_seqlens + batch + 1).to(tl.int64), length)
+        length = tl.maximum(end - start, 0).to(tl.int32)
     return start, length
 
 
@@ -57,22 +61,35 @@ def below(columns, begin, end, limit):
 
 
 @triton.jit
-def slots(columns, begin, end, step, UNIT: tl.constexpr, STEP: tl.constexpr):
-    """`(elements [STEP], base, their entries, whether there are such entries)` of a step over entries from `begin`.
+def blocks_of(columns, begin, end, step, UNIT: tl.constexpr, STEP: tl.constexpr):
+    """The block, or `[STEP]` blocks, of a step over entries from `begin` to before `end`; any past the end.
 
-    Entries end before `end`. The entry is one for all, and always there, where a step is not longer than a block.
-    `base` is for `offsets`.
+    Loops ask for them a step ahead: operands whose place was loaded within the same step would not be loaded while
+    the step before is computed.
+    """
+    slot = step * STEP
+    if STEP > UNIT:
+        slot += tl.arange(0, STEP)
+    entry = begin + slot // UNIT
+    return tl.load(columns + entry, mask=entry < end, other=0)
+
+
+@triton.jit
+def slots(block, begin, end, step, UNIT: tl.constexpr, STEP: tl.constexpr):
+    """`(elements [STEP], base, their entries, whether there are such entries)` of a step, of whose `blocks_of`.
+
+    The entry is one for all, and always there, where a step is not longer than a block. `base` is for `offsets`.
     """
     if STEP <= UNIT:
         entry = begin + step * STEP // UNIT
-        base = tl.load(columns + entry) * UNIT + step * STEP % UNIT
+        base = block * UNIT + step * STEP % UNIT
         element = base + tl.arange(0, STEP)
         there = element >= 0
     else:
         slot = step * STEP + tl.arange(0, STEP)
         entry = begin + slot // UNIT
         there = entry < end
-        base = tl.load(columns + entry, mask=there, other=0) * UNIT + slot % UNIT
+        base = block * UNIT + slot % UNIT
         element = base
     return element, base, entry, there
 

@@ -14,9 +14,22 @@ from torch import Tensor
 from sparsebert.kernels._cost import Cost
 from sparsebert.kernels._triton import Specimen
 
-__all__ = ["count_of", "power_of_2", "share_of", "total", "total_cost", "total_kernel", "total_specimens"]
+__all__ = [
+    "count_of",
+    "gradient_dtype",
+    "power_of_2",
+    "scale_",
+    "scale_kernel",
+    "share_of",
+    "total",
+    "total_cost",
+    "total_kernel",
+    "total_specimens",
+]
 
 _BLOCK = 2048
+_SCALE_BLOCK = 4096
+_SCALE_PROGRAMS = 1024
 
 
 @triton.jit
@@ -37,6 +50,27 @@ def total_kernel(partials, kept, loss, programs, factor, BLOCK: tl.constexpr):
     tl.store(loss, tl.sum(lost, 0).to(tl.float32) * share_of(kept, factor))
 
 
+@triton.jit
+def scale_kernel(tensor, factor, entries, BLOCK: tl.constexpr):
+    """`tensor` `[entries]` times `factor` `[]`, in place; where that is 1 nothing is read or written."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, entries, step):
+            at = first + tl.arange(0, BLOCK)
+            found = tl.load(tensor + at, mask=at < entries, other=0.0).to(tl.float32)
+            tl.store(tensor + at, (found * by).to(tensor.dtype.element_ty), mask=at < entries)
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
+    """`tensor`, dense in memory, times `factor` `[]`, in place; costs a launch where that is 1, without waiting."""
+    entries = tensor.numel()
+    if entries:
+        programs = min(-(-entries // _SCALE_BLOCK), _SCALE_PROGRAMS)
+        scale_kernel[(programs,)](tensor, factor, entries, BLOCK=_SCALE_BLOCK, num_warps=8)
+    return tensor
+
+
 def count_of(mask: Tensor | None) -> Tensor | None:
     """How many entries of a bool mask are True, `[]` int64 on the mask's device; None for None."""
     return None if mask is None else mask.sum()
@@ -50,8 +84,12 @@ def total(partials: Tensor, kept: Tensor | None, factor: float) -> Tensor:
 
 
 def total_specimens() -> list[Specimen]:
-    """The second stage, with and without a mask."""
-    made = []
+    """The second stage, with and without a mask, and what the backward launches."""
+    made = [
+        Specimen(f"scale {kind}", scale_kernel, {"tensor": f"*{kind}", "factor": "*fp32", "entries": "i32"},
+                 {"BLOCK": _SCALE_BLOCK}, warps=8)
+        for kind in ("fp32", "bf16", "fp16")
+    ]  # fmt: skip
     for masked in (False, True):
         signature = {"partials": "*fp32", "kept": "*i64", "loss": "*fp32", "programs": "i32", "factor": "fp32"}
         constants: dict[str, object] = {"BLOCK": _BLOCK}
@@ -66,6 +104,11 @@ def total_cost(programs: int, mask_entries: int | None = None) -> Cost:
     """Of `total` and, where there is a mask, of counting it."""
     cost = Cost(4 * programs, 4, programs)
     return cost if mask_entries is None else cost + Cost(mask_entries, 8, mask_entries)
+
+
+def gradient_dtype(student: torch.dtype) -> torch.dtype:
+    """Of the gradient to a student's tensor: float32 for float16, whose range a mean's gradient leaves."""
+    return torch.float32 if student == torch.float16 else student
 
 
 def power_of_2(number: int) -> int:

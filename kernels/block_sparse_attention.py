@@ -7,6 +7,7 @@ then the partial ones with their bits. A row of blocks with nothing in it loads 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsebert.kernels._block_lists import below, bits_of, offsets, place_of, product, sequence_of, slots
+from sparsebert.kernels._block_lists import (
+    below,
+    bits_of,
+    blocks_of,
+    offsets,
+    place_of,
+    product,
+    sequence_of,
+    slots,
+)
 from sparsebert.kernels._cost import Cost
 from sparsebert.kernels._triton import Specimen, dot, triton_type
 
@@ -23,6 +33,9 @@ __all__ = ["block_sparse_attention", "cost", "specimens", "tiles"]
 
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
+SIZES = ("list_b", "list_h", "heads", "q_blocks", "bits_room", "queries", "keys")
+"""Numbers that change with a batch's lengths: no kernel is compiled again because one of them is 1 or divides by 16."""
+_SIZES = (*SIZES, "lse_b", "lse_h", "room")
 
 
 @triton.jit
@@ -56,7 +69,7 @@ def _attend(
     return acc, total, now
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _forward(
     q,
     k,
@@ -117,11 +130,13 @@ def _forward(
     full = tl.load(full_counts + row)
     count = tl.load(counts + row)
     live, clear = full, full
-    if RAGGED:
-        clear = below(columns, 0, full, keys // BK)
     if cu_seqlens is not None:
-        live = below(columns, 0, full, (keys + BK - 1) // BK)
-        count = full + below(columns, full, count, (keys + BK - 1) // BK)
+        # A tile past its sequence's end has nothing to walk.
+        limit = tl.where(first_row < queries, (keys + BK - 1) // BK, 0)
+        live = below(columns, 0, full, limit)
+        count = full + below(columns, full, count, limit)
+    if RAGGED:
+        clear = below(columns, 0, live, keys // BK)
     inside = rows < queries
     # With nothing to attend to, nothing is loaded.
     used = rows < tl.where(count > 0, queries, 0)
@@ -135,16 +150,20 @@ def _forward(
     steps = 0
     if key_mask is None:
         steps = clear * BK // TK
+        near = blocks_of(columns, 0, clear, 0, BK, TK)
         for step in range(0, steps):
-            _, base, _, there = slots(columns, 0, clear, step, BK, TK)
+            _, base, _, there = slots(near, 0, clear, step, BK, TK)
             k_rows, v_rows = k + offsets(base, k_s, BK, TK), v + offsets(base, v_s, BK, TK)
+            near = blocks_of(columns, 0, clear, step + 1, BK, TK)
             acc, total, most = _attend(
                 acc, total, most, query, q_rows, used, k_rows, v_rows, there, None, scale, False, POSITIVE, D, CHUNK
             )
     if RAGGED or TK > BK or key_mask is not None:
+        near = blocks_of(columns, 0, live, steps, BK, TK)
         for step in range(steps, (live * BK + TK - 1) // TK):
-            key, base, _, there = slots(columns, 0, live, step, BK, TK)
+            key, base, _, there = slots(near, 0, live, step, BK, TK)
             k_rows, v_rows = k + offsets(base, k_s, BK, TK), v + offsets(base, v_s, BK, TK)
+            near = blocks_of(columns, 0, live, step + 1, BK, TK)
             there = there & (key < keys)
             if key_mask is not None:
                 there = there & (tl.load(key_mask + batch * mask_row + key, mask=there, other=0) != 0)
@@ -153,9 +172,11 @@ def _forward(
                 acc, total, most, query, q_rows, used, k_rows, v_rows, there, allowed, scale, True, POSITIVE, D, CHUNK
             )
     if bits is not None:
+        near = blocks_of(columns, full, count, 0, BK, TK)
         for step in range(0, ((count - full) * BK + TK - 1) // TK):
-            key, base, entry, there = slots(columns, full, count, step, BK, TK)
+            key, base, entry, there = slots(near, full, count, step, BK, TK)
             k_rows, v_rows = k + offsets(base, k_s, BK, TK), v + offsets(base, v_s, BK, TK)
+            near = blocks_of(columns, full, count, step + 1, BK, TK)
             there = there & (key < keys)
             if key_mask is not None:
                 there = there & (tl.load(key_mask + batch * mask_row + key, mask=there, other=0) != 0)
@@ -253,7 +274,8 @@ def block_sparse_attention(
     q_blocks, room = columns.shape[2:]
     programs = batches * heads * q_blocks * (rows // tile)
     if programs == 0 or queries == 0:
-        return out, lse
+        # Nothing to compute, or tokens that no list or sequence has.
+        return out.fill_(math.nan), lse.fill_(math.nan)
     _forward[(programs,)](
         q, k, v, out, lse,
         columns, full_counts, counts, bits, key_mask, cu_seqlens, transposed[0] if transposed else None,
@@ -294,10 +316,7 @@ def cost(
 
 
 POINTERS = ("columns", "full_counts", "counts")
-_INTEGERS = (
-    *(f"{name}_{axis}" for name in "qkvo" for axis in "bhs"),
-    *("lse_b", "lse_h", "list_b", "list_h", "heads", "q_blocks", "room", "bits_room", "queries", "keys"),
-)
+_STRIDES = tuple(f"{name}_{axis}" for name in "qkvo" for axis in "bhs")
 _ABSENT: dict[str, Any] = {"bits": None, "key_mask": None, "cu_seqlens": None}
 VARIANTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "full blocks": ({}, {**_ABSENT, "RAGGED": False}),
@@ -329,8 +348,8 @@ def specimen(dtype: torch.dtype, dim: int, block: tuple[int, int], label: str) -
     word = triton_type(dtype)
     signature = {name: f"*{word}" for name in ("q", "k", "v", "out")}
     signature |= {"lse": "*fp32", **dict.fromkeys((*POINTERS, "order"), "*i32"), **types}
-    signature |= {**dict.fromkeys(_INTEGERS, "i32"), "scale": "fp32"}
+    signature |= {**dict.fromkeys((*_STRIDES, *_SIZES), "i32"), "scale": "fp32"}
     sizes = {"D": dim, "BQ": block[0], "BK": block[1], "TQ": tile, "TK": step}
     sizes |= {"CHUNK": chunk(dim, dtype), "POSITIVE": True}
     name = f"{word}, D {dim}, {block[0]}x{block[1]}, {label}: {tile}x{step}"
-    return Specimen(name, _forward, signature, {**constants, **sizes}, warps, stages, divisible_by_16=_INTEGERS[:12])
+    return Specimen(name, _forward, signature, {**constants, **sizes}, warps, stages, divisible_by_16=_STRIDES)

@@ -8,6 +8,7 @@ place of the five that adding to dQ from both sides would take.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,13 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsebert.kernels._block_lists import below, bits_of, offsets, place_of, product, sequence_of, slots
+from sparsebert.kernels._block_lists import (
+    below,
+    bits_of,
+    blocks_of,
+    offsets,
+    place_of,
+    product,
+    sequence_of,
+    slots,
+)
 from sparsebert.kernels._cost import Cost
 from sparsebert.kernels._triton import Specimen, dot, triton_type
 from sparsebert.kernels.block_sparse_attention import (
     CASES,
     LOG2_E,
     POINTERS,
+    SIZES,
     VARIANTS,
     chunk,
     list_strides,
@@ -35,11 +46,12 @@ __all__ = ["block_sparse_attention_backward", "cost", "specimens", "tiles"]
 _LOG2_E = tl.constexpr(LOG2_E)
 # Numbers of each of its tensors that a program of the first launch takes.
 _FIRST = 2048
+_KEY_SIZES, _QUERY_SIZES = (*SIZES, "k_blocks"), (*SIZES, "room")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("heads", "tokens"))
 def _rows(
-    grad, out, lse, grad_lse, sums, deltas, g_b, g_h, g_s, o_b, o_h, o_s, heads, tokens,
+    grad, out, lse, grad_lse, sums, deltas, g_b, g_h, g_s, o_b, o_h, o_s, row, heads, tokens,
     D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The log-sum-exp in base 2, inf where there was nothing (so that exp2 gives 0), and delta, 0 there."""
@@ -59,6 +71,7 @@ def _rows(
     if grad_lse is not None:
         delta -= tl.load(grad_lse + place, mask=inside, other=0.0)
     nothing = own == float("-inf")
+    place = both.to(tl.int64) * row + rows
     tl.store(sums + place, tl.where(nothing, float("inf"), own * _LOG2_E), mask=inside)
     tl.store(deltas + place, tl.where(nothing, 0.0, delta), mask=inside)
 
@@ -98,7 +111,7 @@ def _turned(
     return dot(grad_scores.to(query.dtype), query, dk), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_KEY_SIZES)
 def _keys_values(
     q, k, v, grad, dk, dv, sums, deltas, columns, full_counts, counts, places, bits, key_mask, cu_seqlens, order,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, lse_b, lse_h,
@@ -122,8 +135,10 @@ def _keys_values(
     count = tl.load(counts + row)
     live = full
     if cu_seqlens is not None:
-        live = below(columns, 0, full, (queries + BQ - 1) // BQ)
-        count = full + below(columns, full, count, (queries + BQ - 1) // BQ)
+        # A tile past its sequence's end has nothing to walk.
+        limit = tl.where(first_key < keys, (queries + BQ - 1) // BQ, 0)
+        live = below(columns, 0, full, limit)
+        count = full + below(columns, full, count, limit)
     inside = own < keys
     kept = inside
     if key_mask is not None:
@@ -139,23 +154,27 @@ def _keys_values(
     deltas += batch * lse_b + head * lse_h + start
     sum_k = tl.zeros([TK, D], tl.float32)
     sum_v = tl.zeros([TK, D], tl.float32)
+    near = blocks_of(columns, 0, live, 0, BQ, TQ)
     for step in range(0, (live * BQ + TQ - 1) // TQ):
-        rows, base, _, there = slots(columns, 0, live, step, BQ, TQ)
+        rows, base, _, there = slots(near, 0, live, step, BQ, TQ)
         q_rows, g_rows = q + offsets(base, q_s, BQ, TQ), grad + offsets(base, g_s, BQ, TQ)
+        near = blocks_of(columns, 0, live, step + 1, BQ, TQ)
         there = there & (rows < queries)
         sum_k, sum_v = _turned(
             sum_k, sum_v, key, value, k_rows, v_rows, used, q_rows, g_rows, sums + rows, deltas + rows, there, None,
             scale, RAGGED or TQ > BQ, False, D, CHUNK,
         )  # fmt: skip
     if bits is not None:
+        near = blocks_of(columns, full, count, 0, BQ, TQ)
         for step in range(0, ((count - full) * BQ + TQ - 1) // TQ):
-            rows, base, entry, there = slots(columns, full, count, step, BQ, TQ)
+            rows, base, entry, there = slots(near, full, count, step, BQ, TQ)
             q_rows, g_rows = q + offsets(base, q_s, BQ, TQ), grad + offsets(base, g_s, BQ, TQ)
+            which = (bits_row + near) * bits_room
             if TQ > BQ:
-                which = (bits_row + rows // BQ) * bits_room + tl.load(places + entry, mask=there, other=0)
-                which = which[None, :]
+                which = (which + tl.load(places + entry, mask=there, other=0))[None, :]
             else:
-                which = (bits_row + tl.load(columns + entry)) * bits_room + tl.load(places + entry)
+                which += tl.load(places + entry)
+            near = blocks_of(columns, full, count, step + 1, BQ, TQ)
             there = there & (rows < queries)
             allowed = bits_of(bits, which, rows[None, :], own[:, None], there[None, :], BQ, BK)
             sum_k, sum_v = _turned(
@@ -199,7 +218,7 @@ def _towards(
     return dot((shares * (grad_shares - delta[:, None])).to(key_tile.dtype), key_tile, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_QUERY_SIZES)
 def _queries(
     q, k, v, grad, dq, sums, deltas, columns, full_counts, counts, bits, key_mask, cu_seqlens, order,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dq_b, dq_h, dq_s, lse_b, lse_h,
@@ -221,8 +240,9 @@ def _queries(
     count = tl.load(counts + row)
     live = full
     if cu_seqlens is not None:
-        live = below(columns, 0, full, (keys + BK - 1) // BK)
-        count = full + below(columns, full, count, (keys + BK - 1) // BK)
+        limit = tl.where(first_row < queries, (keys + BK - 1) // BK, 0)
+        live = below(columns, 0, full, limit)
+        count = full + below(columns, full, count, limit)
     inside = rows < queries
     used = rows < tl.where(count > 0, queries, 0)
     q_rows = q + batch * q_b + head * q_h + (start + wide) * q_s
@@ -237,17 +257,21 @@ def _queries(
     if key_mask is not None:
         key_mask += batch * mask_row
     acc = tl.zeros([TQ, D], tl.float32)
+    near = blocks_of(columns, 0, live, 0, BK, TK)
     for step in range(0, (live * BK + TK - 1) // TK):
-        key, base, _, there = slots(columns, 0, live, step, BK, TK)
+        key, base, _, there = slots(near, 0, live, step, BK, TK)
         k_rows, v_rows = k + offsets(base, k_s, BK, TK), v + offsets(base, v_s, BK, TK)
+        near = blocks_of(columns, 0, live, step + 1, BK, TK)
         acc = _towards(
             acc, query, above, q_rows, g_rows, used, total, delta, k_rows, v_rows, key, there, key_mask, None, keys,
             scale, RAGGED or TK > BK or key_mask is not None, D, CHUNK,
         )  # fmt: skip
     if bits is not None:
+        near = blocks_of(columns, full, count, 0, BK, TK)
         for step in range(0, ((count - full) * BK + TK - 1) // TK):
-            key, base, entry, there = slots(columns, full, count, step, BK, TK)
+            key, base, entry, there = slots(near, full, count, step, BK, TK)
             k_rows, v_rows = k + offsets(base, k_s, BK, TK), v + offsets(base, v_s, BK, TK)
+            near = blocks_of(columns, full, count, step + 1, BK, TK)
             which = row * bits_room + entry - full
             if TK > BK:
                 which = which[None, :]
@@ -305,19 +329,23 @@ def block_sparse_attention_backward(
     grads = dq, dk, dv = token_major(q), token_major(k), token_major(v)
     order, key_columns, key_full, key_counts, places, key_order = transposed
     (q_blocks, room), k_blocks = columns.shape[2:], key_columns.shape[2]
-    if batches == 0 or heads == 0 or queries == 0 or keys == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+    if batches == 0 or heads == 0 or queries == 0 or keys == 0 or q_blocks == 0:
+        # Nothing to attend to; or, without padding, tokens that no list or sequence has.
+        nothing = math.nan if varlen else 0.0
+        return dq.fill_(nothing), dk.fill_(nothing), dv.fill_(nothing)
     bits = partial_bits if partial_bits is not None and partial_bits.numel() > 0 else None
-    sums, deltas = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device).unbind(0)
+    # Rows of a multiple of 16: aligned whatever the lengths are, so that one kernel serves them all.
+    row = triton.cdiv(queries, 16) * 16
+    sums, deltas = (torch.empty((*lse.shape[:-1], row), dtype=torch.float32, device=q.device) for _ in range(2))
     _rows[((1 if varlen else batches) * heads * triton.cdiv(queries, _FIRST // dim),)](
-        grad_out, out, lse, grad_lse, sums, deltas, *strides_of(grad_out), *strides_of(out), heads, queries,
+        grad_out, out, lse, grad_lse, sums, deltas, *strides_of(grad_out), *strides_of(out), row, heads, queries,
         D=dim, ROWS=_FIRST // dim,
     )  # fmt: skip
     (own, step, warps, stages), (query_own, query_step, query_warps, query_stages) = tiles(
         block, dim, q.dtype, bits is not None
     )
     operands = (*strides_of(q), *strides_of(k), *strides_of(v), *strides_of(grad_out))
-    places_of_sums, lists = (0 if varlen else heads * queries, queries), list_strides(columns)
+    places_of_sums, lists = (0 if varlen else heads * row, row), list_strides(columns)
     bits_room = 0 if bits is None else bits.shape[3]
     numbers = (bits_room, queries, keys, scale * LOG2_E, scale)
     _keys_values[(batches * heads * k_blocks * (width // own),)](
@@ -360,10 +388,9 @@ def cost(
     return first + second + third
 
 
-_COMMON = tuple(f"{name}_{axis}" for name in "qkvg" for axis in "bhs")
-_LISTS = ("lse_b", "lse_h", "list_b", "list_h", "heads", "q_blocks", "bits_room", "queries", "keys")
-_KEY_INTEGERS = (*_COMMON, *(f"{name}_{axis}" for name in ("dk", "dv") for axis in "bhs"), *_LISTS, "k_blocks")
-_QUERY_INTEGERS = (*_COMMON, *(f"dq_{axis}" for axis in "bhs"), *_LISTS, "room")
+_STRIDES = (*(f"{name}_{axis}" for name in "qkvg" for axis in "bhs"), "lse_b", "lse_h")
+_KEY_STRIDES = (*_STRIDES, *(f"{name}_{axis}" for name in ("dk", "dv") for axis in "bhs"))
+_QUERY_STRIDES = (*_STRIDES, *(f"dq_{axis}" for axis in "bhs"))
 
 
 def specimens() -> list[Specimen]:
@@ -379,9 +406,9 @@ def _rows_specimen(dtype: torch.dtype, dim: int) -> Specimen:
     signature = dict.fromkeys(("grad", "out"), f"*{word}")
     signature |= dict.fromkeys(("lse", "grad_lse", "sums", "deltas"), "*fp32")
     strides = tuple(f"{name}_{axis}" for name in "go" for axis in "bhs")
-    signature |= dict.fromkeys((*strides, "heads", "tokens"), "i32")
+    signature |= dict.fromkeys((*strides, "row", "heads", "tokens"), "i32")
     return Specimen(
-        f"{word}, D {dim}: rows", _rows, signature, {"D": dim, "ROWS": _FIRST // dim}, divisible_by_16=strides
+        f"{word}, D {dim}: rows", _rows, signature, {"D": dim, "ROWS": _FIRST // dim}, divisible_by_16=(*strides, "row")
     )
 
 
@@ -393,13 +420,13 @@ def pair(dtype: torch.dtype, dim: int, block: tuple[int, int], label: str) -> li
     base |= {**dict.fromkeys((*POINTERS, "order"), "*i32"), **types, "scale": "fp32", "factor": "fp32"}
     sizes = {**constants, "D": dim, "BQ": block[0], "BK": block[1], "CHUNK": chunk(dim, dtype)}
     name = f"{word}, D {dim}, {block[0]}x{block[1]}, {label}"
-    by_key = {**base, "dk": f"*{word}", "dv": f"*{word}", "places": "*i32", **dict.fromkeys(_KEY_INTEGERS, "i32")}
-    by_query = {**base, "dq": f"*{word}", **dict.fromkeys(_QUERY_INTEGERS, "i32")}
+    by_key = {**base, "dk": f"*{word}", "dv": f"*{word}", "places": "*i32"}
+    by_key |= dict.fromkeys((*_KEY_STRIDES, *_KEY_SIZES), "i32")
+    by_query = {**base, "dq": f"*{word}", **dict.fromkeys((*_QUERY_STRIDES, *_QUERY_SIZES), "i32")}
     key_sizes = {**sizes, "TK": keys[0], "TQ": keys[1]}
     query_sizes = {**sizes, "TQ": queries[0], "TK": queries[1]}
-    wide, query_wide = _KEY_INTEGERS[:18], _QUERY_INTEGERS[:15]
     key_label, query_label = f"{name}: keys {keys[0]}x{keys[1]}", f"{name}: queries {queries[0]}x{queries[1]}"
     return [
-        Specimen(key_label, _keys_values, by_key, key_sizes, keys[2], keys[3], divisible_by_16=wide),
-        Specimen(query_label, _queries, by_query, query_sizes, queries[2], queries[3], divisible_by_16=query_wide),
+        Specimen(key_label, _keys_values, by_key, key_sizes, keys[2], keys[3], divisible_by_16=_KEY_STRIDES),
+        Specimen(query_label, _queries, by_query, query_sizes, queries[2], queries[3], divisible_by_16=_QUERY_STRIDES),
     ]

@@ -85,9 +85,10 @@ def _product(
         # What lies beyond the edges repeats the last row or column and is not stored.
         if C % WIDTH == 0:
             place = tl.load(columns + start + first // C) * C + first % C + tl.arange(0, WIDTH)
+            # What the compiler cannot see behind a load and a remainder: the columns are neighbours.
+            place = tl.max_contiguous(tl.multiple_of(place, WIDTH), WIDTH)
         elif WIDTH % C == 0:
             place = tl.load(columns + start + tl.minimum(flat // C, length // C - 1)) * C + flat % C
-            # What the compiler cannot see behind a load: a block's columns are neighbours.
             place = tl.max_contiguous(tl.multiple_of(place, C), C)
         else:
             read = tl.minimum(flat, length - 1)

@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsebert.kernels._cost import Cost
-from sparsebert.kernels._losses import count_of, power_of_2, share_of, total, total_cost, total_specimens
+from sparsebert.kernels._losses import (
+    count_of,
+    gradient_dtype,
+    power_of_2,
+    share_of,
+    total,
+    total_cost,
+    total_specimens,
+)
 from sparsebert.kernels._triton import Specimen, triton_type
 
 __all__ = ["LAYERS", "cost", "hidden_cost", "hidden_loss", "hidden_mse", "hidden_specimens", "picked", "specimens"]
@@ -103,7 +111,7 @@ def hidden_loss(
     """A loss on layers by a kernel of theirs: `weight` times the mean over rows; `slope`: the gradient's own factor."""
     first = student[0]
     width = first.shape[-1]
-    grads = [torch.empty_like(layer) for layer in student] if need_grad else []
+    grads = [torch.empty_like(layer, dtype=gradient_dtype(layer.dtype)) for layer in student] if need_grad else []
     if first.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=first.device), grads
     rows, tokens = first.numel() // width, first.shape[-3] * first.shape[-2]
@@ -156,7 +164,8 @@ def _specimen(
     student, teacher = (triton_type(dtype) for dtype in dtypes)
     vector = gcd(width, 16 // min(dtype.itemsize for dtype in dtypes))
     signature: dict[str, Any] = {"students": (f"*{student}",) * layers, "teachers": (f"*{teacher}",) * layers}
-    signature |= {"grads": (f"*{student}",) * layers, "mask": "*i1", "kept": "*i64", "partials": "*fp32"}
+    grad = triton_type(gradient_dtype(dtypes[0]))
+    signature |= {"grads": (f"*{grad}",) * layers, "mask": "*i1", "kept": "*i64", "partials": "*fp32"}
     signature |= {"rows": "i32", "tokens": "i32", "groups": "i32", "factor": "fp32"}
     absent = [name for name, there in (("mask", masked), ("kept", masked), ("grads", need_grad)) if not there]
     return Specimen(

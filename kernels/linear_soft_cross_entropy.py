@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsebert.kernels._cost import Cost
-from sparsebert.kernels._losses import power_of_2, share_of, total, total_cost, total_specimens
+from sparsebert.kernels._losses import gradient_dtype, power_of_2, share_of, total, total_cost, total_specimens
 from sparsebert.kernels._triton import INTERPRETED, Specimen, dot, multiprocessors, triton_type
 
 __all__ = ["Plan", "Tiles", "cost", "linear_soft_cross_entropy", "plan", "specimens", "tiles", "workspace"]
@@ -244,6 +244,8 @@ def difference_kernel(
         at = (tile * M + tl.arange(0, M))[:, None] * slab + column[None, :]
         tl.store(differences + at, difference.to(differences.dtype.element_ty))
         if bias_parts is not None:
+            # The zeros in place of what does not count give NaN with an infinite weight.
+            difference = tl.where(counts[:, None], difference, 0.0)
             tl.store(bias_parts + (first // M) * vocabulary + word, tl.sum(difference, 0), mask=inside)
 
 
@@ -390,7 +392,7 @@ class _Call:
 
     def gradients(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients to hidden states, weight and bias, slab by slab and chunk by chunk."""
-        dtype = torch.float32 if self.like.dtype == torch.float16 else self.like.dtype
+        dtype = gradient_dtype(self.like.dtype)
         of_hidden = self._new(tuple(self.like.shape) if need_hidden else 0, dtype)
         of_weight = self._new((self.vocabulary, self.width) if need_weight else 0, dtype)
         if self.tokens == 0 or self.width == 0 or not (need_hidden or need_weight or need_bias):
@@ -473,7 +475,7 @@ def specimens() -> list[Specimen]:
 def _specimens(dtypes: tuple[torch.dtype, torch.dtype], tokens: int, masked: bool, biased: bool) -> list[Specimen]:
     tile = tiles(tokens, 30522, 768, max(d.itemsize for d in dtypes))
     mine, theirs = (f"*{triton_type(d)}" for d in dtypes)
-    grad = "*fp32" if dtypes[0] == torch.float16 else mine
+    grad = f"*{triton_type(gradient_dtype(dtypes[0]))}"
     side = {"student": mine, "student_weight": mine, "student_bias": mine}
     sides = side | {"teacher": theirs, "teacher_weight": theirs, "teacher_bias": theirs}
     place = {"order": "*i32", "kept": "*i64"}

@@ -228,18 +228,22 @@ def _packed(values: Tensor, positions: Tensor, capturing: bool) -> Tensor:
     """The weight as cuSPARSELt reads it, kept until it changes or goes.
 
     A storage that is watched by a weak reference gives its place to no other, and a change in place counts its version
-    up. What has no version, and what a graph makes while it is captured, is not kept.
+    up; then it is packed anew in the same place, where a graph captured earlier reads it. What has no version, and what
+    a graph makes while it is captured, is not kept.
     """
-    for tensor in (values, positions):
-        if tensor.is_inference():
-            return torch._cslt_compress(_dense_weight(values, positions, (2, 4)))
+    if values.is_inference() or positions.is_inference():
+        return torch._cslt_compress(_dense_weight(values, positions, (2, 4)))
     place, index = values.untyped_storage(), positions.untyped_storage()
     key = (place._cdata, values.storage_offset(), tuple(values.shape), values.dtype)
     version = (values._version, index._cdata, positions.storage_offset(), positions._version)
     held = _weights.get(key)
     if held is not None and held[2] == version:
         return held[3]
-    packed = torch._cslt_compress(_dense_weight(values, positions, (2, 4)))
+    # No tensor of inference mode: those cannot be written outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        packed = torch._cslt_compress(_dense_weight(values, positions, (2, 4)))
+        if held is not None and not capturing:
+            packed = held[3].copy_(packed)
     if not capturing:
         for other in [other for other, entry in _weights.items() if entry[0].expired() or entry[1].expired()]:
             del _weights[other]

@@ -17,13 +17,23 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsebert.kernels._cost import Cost
-from sparsebert.kernels._losses import count_of, power_of_2, share_of, total, total_cost, total_specimens
+from sparsebert.kernels._losses import (
+    count_of,
+    gradient_dtype,
+    power_of_2,
+    share_of,
+    total,
+    total_cost,
+    total_specimens,
+)
 from sparsebert.kernels._triton import Specimen, triton_type
 
 __all__ = ["Tiles", "cost", "soft_cross_entropy", "specimens", "tiles"]
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E = 1.4426950408889634
+_AHEAD = 64 * 1024
+"""Bytes that a program of `streaming_kernel` asks for ahead of their use."""
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 """Below every logit but -inf: a running maximum that starts at -inf would make NaN of the first one."""
 
@@ -38,25 +48,34 @@ class Tiles:
     """Classes taken at a time: all of them in `resident_kernel`."""
     resident: bool
     warps: int
-    stages: int = 3
+    stages: int = 1
+
+    def constants(self, vector: int) -> dict[str, int]:
+        """The kernel's own, for loads of `vector` classes."""
+        if self.resident:
+            return {"ROWS": self.rows, "BLOCK": self.block, "VECTOR": vector}
+        lanes = min(32 * self.warps * vector, self.block)
+        return {"BLOCK": self.block, "LANES": lanes, "VECTOR": vector, "STAGES": self.stages}
 
 
-def tiles(classes: int, bytes_per_class: int, need_grad: bool = True) -> Tiles:
+def tiles(classes: int, bytes_per_class: int) -> Tiles:
     """The tiles for rows of `classes`, `bytes_per_class` of student and teacher together."""
     block = max(power_of_2(classes), 2)
     if block <= 8192:
         rows = max(2048 // block, 1)
         # 16 classes a thread at the most leave room for the exponentials of both.
         return Tiles(rows, block, True, min(max(rows * block // 512, 4), 16))
-    # What is under way is to stay in the L2 cache: three rows a multiprocessor, or one of twice the threads.
-    # Without a gradient wider steps would spill on sm_80.
-    return Tiles(1, 2048 if need_grad else 1024, False, 8 if classes * bytes_per_class <= 128 * 1024 else 16)
+    # What is under way is to stay in the L2 cache: two rows a multiprocessor, or one of twice the threads.
+    warps = 8 if classes * bytes_per_class <= 128 * 1024 else 16
+    # 16 classes a thread; of float32 half of that, which sm_80 has registers for.
+    block = 512 * warps if bytes_per_class <= 4 else 4096
+    return Tiles(1, block, False, warps, 1 + _AHEAD // (block * bytes_per_class))
 
 
 @triton.jit
 def resident_kernel(
     student, teacher, mask, kept, grad, partials, rows, groups, scale, factor,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` whole rows of `groups` x `VECTOR` classes a program.
 
@@ -88,45 +107,77 @@ def resident_kernel(
 
 
 @triton.jit
-def _add(top, mass, x, scale):
-    """A running maximum and sum of exponentials with `x` added, by lane; also what the old ones and `x` weigh."""
-    distance = (x - top) * scale
-    # One exponential for both: the larger of old maximum and x weighs 1.
-    less = tl.exp2(-tl.abs(distance))
-    old, new = tl.where(distance > 0, less, 1.0), tl.where(distance > 0, 1.0, less)
-    return tl.maximum(top, x), mass * old + new, old, new
+def _pair(
+    student, teacher, start, first, classes, other, policy: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`BLOCK` classes of a row from `first` on, `[BLOCK / LANES, LANES]` float32 of both, and which there are: all
+    where WHOLE."""
+    place, inside = _places(classes - first, BLOCK, LANES)
+    # A scalar address and constant distances from it: 64-bit sums for each class would take as long as the arithmetic.
+    at = tl.multiple_of(start + first, VECTOR)
+    if WHOLE:
+        s = tl.load(student + at + place, eviction_policy=policy)
+        t = tl.load(teacher + at + place, eviction_policy=policy)
+    else:
+        s = tl.load(student + at + place, mask=inside, other=other, eviction_policy=policy)
+        t = tl.load(teacher + at + place, mask=inside, other=other, eviction_policy=policy)
+    return s.to(tl.float32), t.to(tl.float32), inside
+
+
+@triton.jit
+def _places(left, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Where the classes of a step lie from its first on, and which of them are among the `left` ones."""
+    place = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    return place, place < left
+
+
+@triton.jit
+def _add(s, t, inside, top_s, mass_s, top_t, mass_t, cross, scale, WHOLE: tl.constexpr):
+    """By lane: both running maxima and sums of exponentials, and the cross term, with the rows of `s` and `t` added."""
+    most_s, most_t = tl.maximum(top_s, tl.max(s, 0)), tl.maximum(top_t, tl.max(t, 0))
+    s, exp_t = (s - most_s[None, :]) * scale, tl.exp2((t - most_t[None, :]) * scale)
+    # Counted from the lane's largest student logit, which keeps its numbers small.
+    term = exp_t * s if WHOLE else tl.where(inside, exp_t * s, 0.0)
+    less, old = (top_s - most_s) * scale, tl.exp2((top_t - most_t) * scale)
+    cross = tl.where(mass_t > 0, cross + mass_t * less, 0.0) * old + tl.sum(term, 0)
+    mass_s = mass_s * tl.exp2(less) + tl.sum(tl.exp2(s), 0)
+    return most_s, mass_s, most_t, mass_t * old + tl.sum(exp_t, 0), cross
 
 
 @triton.jit
 def streaming_kernel(
     student, teacher, mask, kept, grad, partials, rows, groups, scale, factor,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, `BLOCK` classes at a time, twice; arguments as of `resident_kernel`."""
+    """One row a program, `BLOCK` classes at a time, twice; other arguments as of `resident_kernel`.
+
+    The last step alone has a mask: instructions are as scarce as bytes here. For the same reason a thread keeps one
+    maximum for all classes of a lane, not one for each that it holds.
+    """
     row = tl.program_id(0).to(tl.int64)
     classes = groups * VECTOR
-    start = tl.multiple_of(row * classes, VECTOR)
-    column = tl.arange(0, BLOCK)
+    start = row * classes
+    whole = classes // BLOCK * BLOCK
+    place, _ = _places(0, BLOCK, LANES)
     counts = True
     if mask is not None:
         counts = tl.load(mask + row) != 0
     lost = 0.0
     if counts:
-        top_s, top_t = tl.full((BLOCK,), LOWEST, tl.float32), tl.full((BLOCK,), LOWEST, tl.float32)
-        mass_s, mass_t = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        cross = tl.zeros((BLOCK,), tl.float32)
+        low: tl.constexpr = float("-inf")
+        top_s, top_t = tl.full((LANES,), LOWEST, tl.float32), tl.full((LANES,), LOWEST, tl.float32)
+        mass_s, mass_t = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+        cross = tl.zeros((LANES,), tl.float32)
         # The stages ask for loads ahead of their use; without them a lone program would wait for each.
-        for first in tl.range(0, classes, BLOCK, num_stages=STAGES):
-            inside = column < classes - first
-            at = tl.multiple_of(start + first, VECTOR) + column
-            s = tl.load(student + at, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
-            t = tl.load(teacher + at, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
-            before, mass = top_s, mass_t
-            top_s, mass_s, _, _ = _add(top_s, mass_s, s, scale)
-            top_t, mass_t, old, new = _add(top_t, mass_t, t, scale)
-            # Counted from the lane's largest student logit, which keeps its numbers small.
-            moved = tl.where(mass > 0, cross + mass * ((before - top_s) * scale), 0.0)
-            cross = moved * old + tl.where(inside, new * ((s - top_s) * scale), 0.0)
+        for first in tl.range(0, whole, BLOCK, num_stages=STAGES):
+            s, t, inside = _pair(student, teacher, start, first, classes, low, "evict_last", BLOCK, LANES, VECTOR, True)
+            top_s, mass_s, top_t, mass_t, cross = _add(s, t, inside, top_s, mass_s, top_t, mass_t, cross, scale, True)
+        if whole < classes:
+            s, t, inside = _pair(
+                student, teacher, start, whole, classes, low, "evict_last", BLOCK, LANES, VECTOR, False
+            )
+            top_s, mass_s, top_t, mass_t, cross = _add(s, t, inside, top_s, mass_s, top_t, mass_t, cross, scale, False)
         most_s, most_t = tl.max(top_s, 0), tl.max(top_t, 0)
         sum_s = tl.sum(mass_s * tl.exp2((top_s - most_s) * scale), 0)
         share_t = tl.exp2((top_t - most_t) * scale)
@@ -136,14 +187,21 @@ def streaming_kernel(
         if grad is not None:
             share = share_of(kept, factor)
             share_s, share_t = share / sum_s, share / sum_t
-            for first in tl.range(0, classes, BLOCK, num_stages=STAGES):
-                inside = column < classes - first
-                at = tl.multiple_of(start + first, VECTOR) + column
-                s = tl.load(student + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-                t = tl.load(teacher + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            for first in tl.range(0, whole, BLOCK, num_stages=STAGES):
+                s, t, inside = _pair(
+                    student, teacher, start, first, classes, 0.0, "evict_first", BLOCK, LANES, VECTOR, True
+                )
                 difference = tl.exp2((s - most_s) * scale) * share_s - tl.exp2((t - most_t) * scale) * share_t
+                tl.store(grad + tl.multiple_of(start + first, VECTOR) + place, difference.to(grad.dtype.element_ty))
+            if whole < classes:
+                s, t, inside = _pair(
+                    student, teacher, start, whole, classes, 0.0, "evict_first", BLOCK, LANES, VECTOR, False
+                )
+                difference = tl.exp2((s - most_s) * scale) * share_s - tl.exp2((t - most_t) * scale) * share_t
+                at = tl.multiple_of(start + whole, VECTOR) + place
                 tl.store(grad + at, difference.to(grad.dtype.element_ty), mask=inside)
     elif grad is not None:
+        column = tl.arange(0, BLOCK)
         for first in range(0, classes, BLOCK):
             at = tl.multiple_of(start + first, VECTOR) + column
             tl.store(grad + at, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=column < classes - first)
@@ -156,11 +214,12 @@ def soft_cross_entropy(
     """`(loss, its gradient to the student)`; the gradient is `[0]` where not needed."""
     classes = student_logits.shape[-1]
     rows = student_logits.numel() // classes
-    grad = torch.empty_like(student_logits) if need_grad else student_logits.new_empty(0)
+    dtype = gradient_dtype(student_logits.dtype)
+    grad = student_logits.new_empty(student_logits.shape if need_grad else 0, dtype=dtype)
     if rows == 0:
         return torch.zeros((), dtype=torch.float32, device=student_logits.device), grad
     bytes_each = student_logits.element_size(), teacher_logits.element_size()
-    tile, vector = tiles(classes, sum(bytes_each), need_grad), gcd(classes, 16 // min(bytes_each))
+    tile, vector = tiles(classes, sum(bytes_each)), gcd(classes, 16 // min(bytes_each))
     programs = -(-rows // tile.rows)
     partials = torch.empty(programs, dtype=torch.float32, device=student_logits.device)
     kept = count_of(mask)
@@ -169,8 +228,7 @@ def soft_cross_entropy(
     kernel[(programs,)](
         student_logits, teacher_logits, mask, kept, grad if need_grad else None, partials, rows, classes // vector,
         LOG2E / temperature, temperature * share,
-        ROWS=tile.rows, BLOCK=tile.block, VECTOR=vector,
-        STAGES=tile.stages, num_warps=tile.warps,
+        **tile.constants(vector), num_warps=tile.warps,
     )  # fmt: skip
     return total(partials, kept, temperature * temperature * share), grad
 
@@ -187,20 +245,19 @@ def specimens() -> list[Specimen]:
 
 
 def _specimen(dtypes: tuple[torch.dtype, torch.dtype], classes: int, masked: bool, need_grad: bool) -> Specimen:
-    tile = tiles(classes, sum(d.itemsize for d in dtypes), need_grad)
+    tile = tiles(classes, sum(d.itemsize for d in dtypes))
     student, teacher = (triton_type(d) for d in dtypes)
     signature = {"student": f"*{student}", "teacher": f"*{teacher}", "mask": "*i1", "kept": "*i64"}
-    signature |= {"grad": f"*{student}", "partials": "*fp32", "rows": "i32", "groups": "i32"}
-    signature |= {"scale": "fp32", "factor": "fp32"}
+    signature |= {"grad": f"*{triton_type(gradient_dtype(dtypes[0]))}", "partials": "*fp32"}
+    signature |= {"rows": "i32", "groups": "i32", "scale": "fp32", "factor": "fp32"}
     vector = gcd(classes, 16 // min(d.itemsize for d in dtypes))
-    constants = {"ROWS": tile.rows, "BLOCK": tile.block, "VECTOR": vector, "STAGES": tile.stages}
     absent = [name for name, there in (("mask", masked), ("kept", masked), ("grad", need_grad)) if not there]
     label = f"{student}/{teacher} {classes} classes"
     return Specimen(
         ", no ".join([label, *absent]),
         resident_kernel if tile.resident else streaming_kernel,
         {name: kind for name, kind in signature.items() if name not in absent},
-        {**constants, **dict.fromkeys(absent)},
+        {**tile.constants(vector), **dict.fromkeys(absent)},
         warps=tile.warps,
         divisible_by_16=("groups",) if classes // vector % 16 == 0 else (),
     )
@@ -215,7 +272,7 @@ def cost(
     masked: bool = False,
 ) -> Cost:
     """What a call moves and computes, with every row counting; `*_bytes`: of a logit. Exponentials count as one."""
-    tile = tiles(classes, student_bytes + teacher_bytes, need_grad)
+    tile = tiles(classes, student_bytes + teacher_bytes)
     programs = -(-rows // tile.rows)
     read = rows * classes * (student_bytes + teacher_bytes) + (rows if masked else 0)
     written = rows * classes * student_bytes * need_grad + 4 * programs

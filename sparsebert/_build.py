@@ -156,14 +156,14 @@ def find_tools() -> Tools:
 
 
 def find_nvcc() -> str | None:
-    """nvcc: in $CUDA_HOME, then in /usr/local/cuda*. The one on PATH may be a wrapper that points elsewhere."""
+    """nvcc: in $CUDA_HOME, in /usr/local/cuda*, at last on PATH, where it may be a wrapper that points elsewhere."""
     homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
     homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
     for home in homes:
         nvcc = home / "bin" / "nvcc"
         if os.access(nvcc, os.X_OK):
             return str(nvcc)
-    return None
+    return shutil.which("nvcc")
 
 
 def _find_compiler() -> str | None:
@@ -294,7 +294,7 @@ def _ninja_script(sources: Path, tools: Tools, cuda: bool, result: Result) -> tu
     if not (cuda and kernels):
         result.failed["_C_cuda.so"] = "left out: torch here has no CUDA" if kernels else "there are no CUDA sources"
     elif tools.nvcc is None:
-        result.failed["_C_cuda.so"] = "no nvcc in $CUDA_HOME or /usr/local/cuda*"
+        result.failed["_C_cuda.so"] = "no nvcc in $CUDA_HOME, /usr/local/cuda* or on PATH"
     else:
         lines += _cuda_lines(sources, tools, kernels)
         targets.append("_C_cuda.so")
@@ -316,6 +316,7 @@ def _cuda_lines(sources: Path, tools: Tools, kernels: list[Path]) -> list[str]:
     # libtorch rather than libtorch_cuda: it is there in every torch, and brings the CUDA half along where that exists.
     lines.append(
         f"  libs = -L$lib -Wl,--no-as-needed -ltorch -Wl,--as-needed -L{_quote(str(home / 'lib64'))} "
+        f"-L{_quote(str(home / 'lib'))} "
         "-lcudart_static -ldl -lrt -lpthread"
     )
     return lines

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ GPU_ONLY = (
     "torch BSR",
     "FlexAttention",
     "cuBLASLt",
+    "torch varlen",
 )
 
 
@@ -189,6 +191,39 @@ def test_a_cell_that_hangs_is_ended(tmp_path: Path) -> None:
     assert found._hangs()
     assert not found._fell(-9)
     assert "it hangs" in found.rows["kernels"][0]["why"]
+
+
+def test_parts_run_in_the_order_asked_for() -> None:
+    from benchmarks.gpu.__main__ import _parse
+
+    assert _parse(["--part", "kernels", "--part", "measure", "--part", "kernels"]).part == ["kernels", "measure"]
+    assert _parse(["--part", "all"]).part == list(PARTS)
+
+
+def test_tests_that_failed_are_told_from_what_they_printed() -> None:
+    from benchmarks.gpu.test import _failed
+
+    lines = [
+        "[gw3] [  4%] PASSED tests/a.py::b ",
+        "[gw3] [ 40%] FAILED tests/a.py::c[x y] ",
+        "tests/a.py::d[x y] FAILED                 [ 41%]",
+        "FAILED tests/a.py::c[x y] - AssertionError: 3 - 4",
+        "FAILED tests/a.py::c[x y] - worker 'gw3' crashed while running 'tests/a.py...",
+        "=== 2 failed, 1 passed in 5.00s ===",
+    ]
+    assert _failed(lines) == ["tests/a.py::c[x y] - AssertionError: 3 - 4", "tests/a.py::d[x y]"]
+
+
+def test_every_op_is_called_though_one_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import test as part
+    from benchmarks.gpu.worker import BROKEN
+
+    told = iter([(BROKEN, "a: called\nb: failed in bfloat16: illegal\n"), (-11, "c: called\n"), (0, "e: called\n")])
+    monkeypatch.setattr(part, "_ended", lambda command, seconds: next(told))
+    found = part._apart("abcde", time.monotonic() + 60)
+    assert {name: became.split(":")[0] for name, became in found.items()} == {
+        "a": "called", "b": "failed in bfloat16", "c": "called", "d": "failed", "e": "called",
+    }  # fmt: skip
 
 
 def test_the_device_that_no_longer_answers_gets_another_worker(tmp_path: Path) -> None:

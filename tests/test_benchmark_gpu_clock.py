@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -67,6 +68,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,
         "stream": lambda of: contextlib.nullcontext(),
+        "set_stream": nothing,
         "synchronize": nothing,
         "_sleep": nothing,
         "empty_cache": nothing,
@@ -100,6 +102,26 @@ def test_candidates_take_turns(cuda: torch.device, how: str) -> None:
     assert all(second >= 0 for time in times.values() for second in time.seconds)
 
 
+def test_no_candidate_gets_the_inputs_that_the_last_left_in_the_cache(cuda: torch.device) -> None:
+    order: list[int] = []
+    calls = {name: lambda s: order.append(s) for name in "abc"}
+    Clock(cuda).interleave(calls, range(4), "host")
+    assert all(first != second for first, second in itertools.pairwise(order))
+
+
+def test_a_graph_goes_over_every_set(cuda: torch.device) -> None:
+    seen: list[int] = []
+    clock = Clock(cuda)
+    clock.interleave({"a": lambda s: time.sleep(1e-3) or seen.append(s)}, range(40), "graph")
+    assert set(seen) == set(range(40))
+
+
+def test_what_was_warmed_up_has_met_every_set(cuda: torch.device) -> None:
+    seen: list[int] = []
+    Clock(cuda).warm(seen.append, range(40))
+    assert set(seen) == set(range(40))
+
+
 def test_a_slow_row_has_the_least_of_rounds(cuda: torch.device) -> None:
     times = Clock(cuda, seconds=1e-9).interleave({"a": lambda s: None}, [None], "host")
     assert len(times["a"].seconds) == LEAST
@@ -109,6 +131,9 @@ def test_cold_inputs_rotate_through_more_than_the_cache(bench: Bench) -> None:
     sets = bench.sets(lambda: SimpleNamespace(x=torch.ones(256), y=[torch.ones(4)]), "cold")
     assert len(sets) * 1024 >= 3 * 4096
     assert len(bench.sets(lambda: SimpleNamespace(x=torch.ones(256)), "warm")) == 1
+    # A candidate that reads a quarter of the largest tensor needs four times as many.
+    some = bench.sets(lambda: SimpleNamespace(x=torch.ones(256)), "cold", lambda s: 256)
+    assert len(some) * 256 >= 3 * 4096
     seen: list[int] = []
     bench.clock.interleave({"a": lambda s: seen.append(s)}, range(5), "host")  # type: ignore[arg-type]
     assert set(seen) == set(range(5))
@@ -148,6 +173,38 @@ def test_what_no_graph_takes_is_timed_without(bench: Bench, monkeypatch: pytest.
     assert found["left out"]["sparsebert in a graph"].endswith("when stream is capturing")
     with pytest.raises(Capture):
         bench.clock.capture(lambda: None)
+
+
+def test_ours_failing_costs_its_row_alone(bench: Bench) -> None:
+    bench.rehearsing = False
+
+    def failing(s: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    def run(bench: Bench) -> None:
+        row_of(bench, failing)
+        row_of(bench, lambda s: s.x + s.x, graph=False)
+
+    bench.run(Cell("a cell", run))
+    assert [row["kind"] for row in bench.seen] == ["red", "speed"]  # type: ignore[attr-defined]
+    assert bench.seen[0]["why"] == "RuntimeError: no such kernel"  # type: ignore[attr-defined]
+
+
+def test_a_kernel_that_fails_is_not_replaced_while_it_is_measured(bench: Bench) -> None:
+    from sparsebert.ops import _backend
+
+    seen: list[bool] = []
+    bench.missing = lambda ops: None  # type: ignore[method-assign]
+    for ops in (("hidden_mse",), ()):
+        bench.run(Cell("a cell", lambda bench: seen.append(_backend._must_raise()), ops=ops))
+    assert seen == [True, False]
+
+
+def test_variants_of_ours_are_no_rivals(bench: Bench) -> None:
+    calls = {name: lambda s: time.sleep(1e-4) for name in ("sparsebert", "torch")}
+    found = bench.compare({}, [None], {**calls, "sparsebert, new mask": lambda s: None}, how="host")
+    assert found is not None
+    assert found["best"] == found["times"]["torch"]["median"] / found["times"]["sparsebert"]["median"]
 
 
 def test_another_candidate_that_fails_is_left_out(bench: Bench) -> None:

@@ -9,15 +9,16 @@
     python -m benchmarks.gpu --part train         the main job, a step of every method    (G2, G30)
     python -m benchmarks.gpu --part all           one after the other
 
-A part ends within --budget seconds (540) and says what it did not come to; its cells are ordered by importance. It
-writes benchmarks/results/<device>/<part>.json and .md after every row, so that whatever ends it leaves what there was.
+Parts run in the order given. Each ends within --budget seconds (540), all together within --within, and says what it
+did not come to; its cells are ordered by importance. It writes benchmarks/results/<device>/<part>.json and .md after
+every row, so that whatever ends it leaves what there was.
 
 How it is measured:
 
 - Candidates of a row take turns, 31 rounds, each beginning with another; a number is the median, with the lowest and
   the highest. Data are random, never zeros. Ratios are within one row.
-- "cold": inputs rotate through so many sets that their largest tensors together are three times the cache; "warm": the
-  same again and again; "as run": whole models and steps.
+- "cold": inputs rotate through so many sets that what each candidate reads of them is three times the cache; "warm":
+  the same again and again; "as run": whole models and steps.
 - "gpu": events around calls that were queued up while the GPU was kept busy, so that launches are hidden where the host
   is fast enough; "graph": replays of a CUDA graph of the calls, for what takes less than 60 microseconds; "host": the
   wall clock.
@@ -26,8 +27,8 @@ How it is measured:
   a red row without times. So is an error, in one line; the other cells go on, in a new process where the old one's
   device no longer answers.
 - The physical limit of a row is what its launch moves and computes by the kernel's own cost function ("as launched"),
-  or the least that any kernel must, over the copy's bandwidth and the large product's rate, measured in the same
-  session. Targets are judged beside every row: met or not.
+  or the least that any kernel must, over the copy's bandwidth and the large product's rate, measured by the same
+  command. Targets are judged beside every row: met or not.
 
 An op without a kernel for the GPU is a skipped cell, and its reason is said.
 

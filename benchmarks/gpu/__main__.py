@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,19 +19,25 @@ from benchmarks.gpu import rows
 from benchmarks.gpu.worker import BROKEN, PARTS, ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-_RESTARTS = 12
+_RESTARTS = 30
+_LEAST = 25.0
+"""Seconds: with fewer left no worker is begun."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the parts; 0, or 1 where something was red, or 2 where nothing could be measured."""
     options = _parse(arguments)
-    parts = [part for part in PARTS if part in options.part]
     # In the rehearsal one worker does them all: it is the imports that take long.
-    groups = [parts] if options.rehearse else [[part] for part in parts]
-    worst = 0
+    groups = [options.part] if options.rehearse else [[part] for part in options.part]
+    worst, ceiling, end = 0, None, time.monotonic() + options.within
     for group in groups:
-        session = _Session(options, group)
+        options.budget = min(options.budget, end - time.monotonic())
+        if options.budget < _LEAST and not options.rehearse:
+            print(f"{', '.join(group)}: nothing, the time was spent", flush=True)
+            continue
+        session = _Session(options, group, ceiling)
         worst = max(worst, session.run())
+        ceiling = session.ceiling
         if session.refused:
             print(f"error: {session.refused}", file=sys.stderr)
             return 2
@@ -40,9 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=package.__doc__, formatter_class=formatter)
-    parser.add_argument("--part", action="append", choices=[*PARTS, "all"], required=True, help="may be repeated")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=[*PARTS, "all"],
+        required=True,
+        help="may be repeated, in the order to be run",
+    )
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/<device>)")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for each part (default 540)")
+    parser.add_argument("--within", type=float, default=math.inf, help="seconds for all parts together")
     parser.add_argument("--device", help="name of the folder under benchmarks/results, in place of the GPU's own")
     parser.add_argument("--rehearse", action="store_true", help="run every cell on the CPU with tiny shapes; no times")
     parser.add_argument("--only", default="", help="only the cells whose name has this word in it")
@@ -50,10 +64,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", help="folder of a task's files, for the part train (default: made up)")
     parser.add_argument("--model", help="a checkpoint, for the part train (default: BERT-base, random)")
     options = parser.parse_args(arguments)
-    if "all" in options.part:
-        options.part = list(PARTS)
+    options.part = list(PARTS) if "all" in options.part else list(dict.fromkeys(options.part))
     if not 0 < options.budget < 86400:
         parser.error(f"--budget {options.budget:g}: expected seconds, more than 0")
+    if not options.within > 0:
+        parser.error(f"--within {options.within:g}: expected seconds, more than 0")
     for folder in (*options.runs, *filter(None, (options.data_dir, options.model))):
         if not Path(folder).exists():
             parser.error(f"{folder}: there is no such folder")
@@ -63,10 +78,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 class _Session:
     """One worker after another, until the parts are done or their time is spent."""
 
-    def __init__(self, options: argparse.Namespace, parts: Sequence[str]) -> None:
+    def __init__(
+        self, options: argparse.Namespace, parts: Sequence[str], ceiling: dict[str, float] | None = None
+    ) -> None:
         self.options, self.parts = options, list(parts)
         self.head: dict[str, Any] = {}
-        self.ceiling: dict[str, float] | None = None
+        # What an earlier part of this command has measured: they share the denominators.
+        self.ceiling = ceiling
         self.rows: dict[str, list[rows.Row]] = {part: [] for part in parts}
         self.cells: dict[str, list[str]] = {}
         self.done: set[str] = set()
@@ -83,7 +101,7 @@ class _Session:
         with folder:
             for turn in range(_RESTARTS + 1):
                 left = end - time.monotonic()
-                if turn and left < 25.0 and not self.options.rehearse:
+                if turn and left < _LEAST and not self.options.rehearse:
                     break
                 status = self._worker(Path(folder.name) / f"events{turn}", left, end)
                 if self.refused or self.done == set(self.parts):
@@ -108,7 +126,7 @@ class _Session:
         options = {name: getattr(self.options, name) for name in ("only", "runs", "data_dir", "model")}
         plan = {
             "events": str(events), "parts": self.parts, "budget": left, "skip": self.next, "options": options,
-            "rehearse": self.options.rehearse, "ceiling": self.ceiling or self._measured(),
+            "rehearse": self.options.rehearse, "ceiling": self.ceiling,
         }  # fmt: skip
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if self.options.rehearse:
@@ -205,18 +223,6 @@ class _Session:
         if self.options.rehearse or not (self.options.device or self.head):
             return None
         return RESULTS / rows.slug(self.options.device or self.head["device"])
-
-    def _measured(self) -> dict[str, float] | None:
-        """The ceilings that the part `measure` left in the folder of results within the last hour."""
-        folder = self._folder()
-        path = folder / "measure.json" if folder else None
-        if path is None or not path.is_file() or time.time() - path.stat().st_mtime > 3600:
-            return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))["head"]["ceilings"]
-            return {name: float(found[name]) for name in ("bytes_per_second", "flops_per_second")}
-        except (KeyError, ValueError, TypeError):
-            return None
 
     def _write(self, parts: Sequence[str]) -> None:
         folder = self._folder()

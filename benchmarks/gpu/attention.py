@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu.bench import OURS, Bench, Cell, Check, Skip, own_cost
+from benchmarks.gpu.inputs import size_of
 from benchmarks.gpu.measure import sdpa_paths
 from benchmarks.gpu.rows import Target
 from sparsebert.kernels._cost import Cost
@@ -145,14 +146,22 @@ def _exact(dense: Tensor, to: torch.dtype) -> Callable[[Any], Tensor]:
 
 
 def _attention_cost(
-    batch: int, heads: int, length: int, width: int, item: int, kept: float, block: int, train: bool = False
+    batch: int,
+    heads: int,
+    length: int,
+    width: int,
+    item: int,
+    kept: float,
+    block: int,
+    train: bool = False,
+    partial: bool = False,
 ) -> tuple[Cost, str]:
     """What the kernel says it does, else the least: q, k, v and the result once, the kept scores twice (5 + 2 times
     with the backward)."""
     size, scores = batch * heads * length * width * item, batch * heads * length * length * width
     blocks = batch * heads * max(1, round(kept * length / block)) * (length // block)
     known = {"sizes": (batch, heads, length, length), "dim": width, "block": (block, block), "blocks": blocks,
-             "room": length // block, "bytes_each": item}  # fmt: skip
+             "partial": blocks * partial, "bytes_each": item}  # fmt: skip
     launched = own_cost("block_sparse_attention", **known)
     back = own_cost("block_sparse_attention_backward", **known) if train else None
     if launched is not None and (back is not None or not train):
@@ -200,7 +209,7 @@ def _forward(
     if sparsity and not padded and not partial:
         flex = _flex(bench, block_map, block, length)
         calls[FLEX] = lambda s: flex(s.q, s.k, s.v)
-    cost, origin = _attention_cost(batch, heads, length, width, 2, 1 - sparsity, block)
+    cost, origin = _attention_cost(batch, heads, length, width, 2, 1 - sparsity, block, partial=partial)
     case = {"B": batch, "H": heads, "S": length, "d": width, "sparsity": sparsity, "block": block,
             "dtype": str(dtype).removeprefix("torch."), **({"": "padded"} if padded else {}),
             **({"": "5 % of partial blocks' bits gone"} if partial else {})}  # fmt: skip
@@ -282,8 +291,10 @@ def _step(
 def _ragged(
     bench: Bench, batch: int, heads: int, length: int, width: int, dtype: torch.dtype = BF16, mean: float = 0.6
 ) -> None:
-    """Sequences one after the other without padding, against SDPA on the padded batch and on a nested tensor."""
-    from sparsebert.ops import varlen_attention
+    """Sequences one after the other without padding, against torch's own for such, SDPA on the padded batch and on a
+    nested tensor."""
+    from sparsebert.nn.attention_patterns import dense as every_block
+    from sparsebert.ops import block_sparse_attention, varlen_attention
 
     lengths = torch.linspace(2 * mean - 1, 1.0, batch, device=bench.device).mul(length).round().long().clamp(min=1)
     real = torch.arange(length, device=bench.device) < lengths[:, None]
@@ -312,12 +323,27 @@ def _ragged(
     keys = real[:, None, None, :]
     calls["padded, torch's choice"] = lambda s: F.scaled_dot_product_attention(*s.wide, attn_mask=keys)
     calls["nested"] = lambda s: F.scaled_dot_product_attention(*s.nested)
-    squares = int(lengths.square().sum())
-    size = tokens * heads * width * 2
+    whole = every_block(length).to(bench.device)
+    calls["block-sparse, every block"] = lambda s: block_sparse_attention(s.q, s.k, s.v, whole, cu_seqlens=starts)
+    calls |= _torch_varlen(starts, int(lengths.max()))
+    launched = own_cost("varlen_attention", lengths=lengths.tolist(), heads=heads, dim=width, bytes_each=size_of(dtype))
+    size = tokens * heads * width * size_of(dtype)
+    least = Cost(3 * size, size, 4 * heads * width * int(lengths.square().sum()))
     bench.compare(
         {"B": batch, "H": heads, "S": length, "mean length": mean, "d": width, "dtype": str(dtype)[6:]},
         make,
         calls,
         check=Check(exactly(torch.float64), exactly(dtype)),
-        limit=Cost(3 * size, size, 4 * heads * width * squares),
+        limit=launched or least,
+        limit_from="as launched" if launched else "",
     )  # fmt: skip
+
+
+def _torch_varlen(starts: Tensor, longest: int) -> dict[str, Any]:
+    """torch's flash attention for such sequences, where this torch has it; it is told the longest one."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return {}
+    begins = starts.int()
+    return {"torch varlen": lambda s: varlen_attn(s.q, s.k, s.v, begins, begins, longest, longest)}

@@ -15,9 +15,11 @@ import torch._dynamo
 from torch import Tensor
 
 from benchmarks.gpu.cell import Call, Cell, Check, Red, Skip, first_line, own_cost, relative_error, tensors_of
-from benchmarks.gpu.clock import LEAST, Capture, Clock
-from benchmarks.gpu.rows import Row, Target, judged
+from benchmarks.gpu.clock import LEAST, Clock
+from benchmarks.gpu.rows import Row, Target, judged, rivals
 from sparsebert.kernels._cost import CEILINGS, Ceiling, Cost
+from sparsebert.ops import _backend
+from sparsebert.ops._backend import failures_raise
 from sparsebert.reports.timing import Timing
 
 __all__ = ["OURS", "SEED", "Bench", "Cell", "Check", "Red", "Skip", "first_line", "own_cost", "relative_error",
@@ -27,6 +29,12 @@ SEED = 0
 OURS = "sparsebert"
 SMALL = 6e-5
 """Seconds: below, a launch is a good part of a call, and a CUDA graph's replay is timed too."""
+_MOST_SETS = 256
+
+
+def fallen() -> list[str]:
+    """Notes on ops whose Triton kernel failed in this process, so that their definition may have run in its place."""
+    return [f"{name}: a Triton kernel of it failed here, and its definition ran instead" for name in _backend._failed]
 
 
 class Bench:
@@ -71,7 +79,9 @@ class Bench:
             reason = self.missing(cell.ops)
             if reason is not None:
                 raise Skip(reason)
-            with self.interpreter(cell.ops) as forced:
+            # A cell of named ops measures their kernels, not what stands in where one does not compile.
+            strict = failures_raise() if cell.ops else contextlib.nullcontext()
+            with strict, self.interpreter(cell.ops) as forced:
                 try:
                     cell.run(self, **settings)
                 except ValueError as error:
@@ -125,12 +135,16 @@ class Bench:
                 os.environ["SPARSEBERT_BACKEND"] = before
 
     def clean(self) -> None:
-        """Gives the memory of a cell back."""
-        torch._dynamo.reset()
+        """Gives the memory of a cell back, its compiled functions too."""
+        # On a device that no longer answers even this fails.
+        with contextlib.suppress(Exception):
+            torch._dynamo.reset()
+        self._free()
+
+    def _free(self) -> None:
         if self.cuda:
-            gc.collect()
-            # On a device that no longer answers even this fails.
             with contextlib.suppress(Exception):
+                gc.collect()
                 torch.cuda.empty_cache()
 
     def left(self) -> float:
@@ -157,9 +171,12 @@ class Bench:
 
     # ---- inputs
 
-    def sets(self, make: Callable[[], Any], state: str) -> list[Any]:
-        """Sets of inputs to go through in turn: one where `warm`; where `cold` so many that the largest tensor of each,
-        all together, are at least three times the cache."""
+    def sets(self, make: Callable[[], Any], state: str, least: Callable[[Any], int] | None = None) -> list[Any]:
+        """Sets of inputs to go through in turn: one where `warm`; where `cold` so many that what each candidate reads
+        of them is three times the cache.
+
+        `least` gives the bytes of a set that the candidate which needs least reads; None: its largest tensor.
+        """
         torch.manual_seed(SEED)
         first = make()
         if state != "cold":
@@ -168,10 +185,10 @@ class Bench:
             return [first, make()]
         sizes = [t.numel() * t.element_size() for t in tensors_of(first)]
         cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 50 << 20)
-        wanted = math.ceil(3 * cache / max(max(sizes, default=1), 1))
+        wanted = math.ceil(3 * cache / max(least(first) if least else max(sizes, default=1), 1))
         free = torch.cuda.mem_get_info(self.device)[0]
         fit = int(0.4 * free / max(sum(sizes), 1))
-        return [first, *(make() for _ in range(max(0, min(wanted, fit, 64) - 1)))]
+        return [first, *(make() for _ in range(max(0, min(wanted, fit, _MOST_SETS) - 1)))]
 
     def compiled(self, function: Any, mode: str | None = None) -> Any:
         """`torch.compile`; in the rehearsal traced alone, since compiling would take minutes."""
@@ -240,6 +257,7 @@ class Bench:
         graph: bool | None = None,
         subject: str = OURS,
         seconds: float | None = None,
+        least: Callable[[Any], int] | None = None,
     ) -> Row | None:
         """Check ours, time all candidates in turns, emit a row; one more by a graph's replay where ours is short.
 
@@ -257,14 +275,22 @@ class Bench:
             graph: whether a graph's replay is timed too; None: where ours takes less than `SMALL`.
             subject: what the others are compared with.
             seconds: for its rounds, in place of the clock's.
+            least: see `sets`.
         """
-        sets = list(make) if isinstance(make, Sequence) else self.sets(make, state)
+        sets = list(make) if isinstance(make, Sequence) else self.sets(make, state, least)
         try:
             error = self.check(candidates[subject], sets[0], check) if check else None
-        except Red as why:
-            self.row("red", case, why=str(why), timed=f"{state}, {how}")
+            ready, left_out = self._ready(candidates, sets, subject)
+        except Skip:
+            raise
+        except Exception as failure:
+            if not isinstance(failure, Red) and (self.rehearsing or self.broken()):
+                raise
+            # The cell's other rows go on.
+            why = str(failure) if isinstance(failure, Red) else first_line(failure)
+            self.row("red", case, why=why, timed=f"{state}, {how}")
+            self._free()
             return None
-        ready, left_out = self._ready(candidates, sets, subject)
         found: dict[str, Any] = {
             "subject": subject, "sets": len(sets), "error": error, "facts": dict(facts or {}), "notes": list(notes),
             "left out": left_out, "limit ms": None if limit is None else limit.seconds(self.ceiling) * 1e3,
@@ -279,6 +305,8 @@ class Bench:
             timed = self._times(ready, sets, wanted, left_out, seconds)
             if timed:
                 row = self._speed(case, f"{state}, {wanted}", timed, targets, found)
+        if row is None:
+            self.row("red", case, why="; ".join(left_out.values()), timed=f"{state}, {how}")
         return row
 
     def _ready(
@@ -292,30 +320,21 @@ class Bench:
                 self.clock.warm(call, sets)
                 ready[name] = call
             except Exception as error:
-                if name == subject or self.broken():
+                if name == subject:
                     raise
+                if self.broken():
+                    raise RuntimeError(f"{name}: {first_line(error)}") from error
                 left_out[name] = first_line(error)
-                self.clean()
+                self._free()
         return ready, left_out
 
     def _times(
         self, ready: Mapping[str, Call], sets: Sequence[Any], how: str, left_out: dict[str, str], seconds: float | None
     ) -> dict[str, Timing]:
-        if how != "graph":
-            return self.clock.interleave(ready, sets, how, seconds)
-        able = {}
-        for name, call in ready.items():
-            try:
-                self.clock.capture(lambda call=call: call(sets[0]))  # type: ignore[misc]
-                able[name] = call
-            except Capture as why:
-                left_out[f"{name} in a graph"] = str(why)
-        try:
-            return self.clock.interleave(able, sets, how, seconds) if able else {}
-        except Capture as why:
-            # One call was captured, several in a row were not.
-            left_out["in a graph"] = str(why)
-            return {}
+        refused: dict[str, str] = {}
+        times = self.clock.interleave(ready, sets, how, seconds, refused)
+        left_out |= {f"{name} in a graph": why for name, why in refused.items()}
+        return times
 
     def _speed(
         self, case: Mapping[str, Any], timed: str, times: Mapping[str, Timing], targets: Sequence[Target],
@@ -326,9 +345,9 @@ class Bench:
             for name, t in times.items()
         }
         ours = spelled.get(found["subject"], {}).get("median")
-        others = [time["median"] for name, time in spelled.items() if name != found["subject"]]
+        others = [spelled[name]["median"] for name in rivals(spelled, found["subject"])]
         limit = found["limit ms"]
-        notes = list(found["notes"])
+        notes = [*found["notes"], *fallen()]
         if self.cuda and min(time["rounds"] for time in spelled.values()) < LEAST:
             notes.append("few rounds: the time ran out")
         return self.row(
@@ -343,11 +362,13 @@ class Bench:
         )
 
     def broken(self) -> bool:
-        """Whether the device no longer answers: after an illegal access every later call of the process fails."""
+        """Whether this process can go on: after an illegal access every later call fails, after a capture that could
+        not be ended random numbers and the memory's return may."""
         if not self.cuda:
             return False
         try:
             torch.cuda.synchronize(self.device)
-            return bool(torch.ones(2, device=self.device).sum().item() != 2.0)
+            torch.cuda.empty_cache()
+            return not 0.0 <= torch.rand(2, device=self.device).sum().item() <= 2.0
         except Exception:
             return True

@@ -70,6 +70,7 @@ def ffn(
         limit=launched or Cost(rows * width * size + stored, rows * width * size, flops),
         limit_from="as launched" if launched else "",
         targets=targets,
+        least=lambda s: s.up.stored.nbytes + s.down.stored.nbytes + rows * width * size,
         notes=[f"{rows} tokens go through {f'in chunks of {chunk}' if chunk else 'layer by layer'}"],
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ Without a GPU (the rehearsal) all three read the wall clock, once.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,10 +52,11 @@ class Clock:
         self.cuda = device.type == "cuda"
         self.repeats = repeats if self.cuda else 1
         self.seconds = seconds
+        self._place = 0
 
     def warm(self, call: Call, sets: Sequence[Any]) -> None:
-        """Calls it a few times: compilations, handles, allocations."""
-        for turn in range(_WARM_UP if self.cuda else 1):
+        """Calls it a few times, with every set once: compilations, handles, allocations, what a set is converted to."""
+        for turn in range(max(_WARM_UP, len(sets)) if self.cuda else 1):
             call(sets[turn % len(sets)])
         self.wait()
 
@@ -75,15 +77,28 @@ class Clock:
         return (time.perf_counter() - start) / turns, free / turns
 
     def interleave(
-        self, calls: Mapping[str, Call], sets: Sequence[Any], how: str, seconds: float | None = None
-    ) -> dict[str, Timing]:
+        self, calls: Mapping[str, Call], sets: Sequence[Any], how: str, seconds: float | None = None,
+        refused: dict[str, str] | None = None,
+    ) -> dict[str, Timing]:  # fmt: skip
         """Seconds of one call of each candidate, in turns over the rounds; warm them up before.
 
-        Every call gets the next of `sets`: several of them, together larger than the cache, make it cold.
+        Every call gets the set after that of the last call, whichever candidate's that was: several sets, together
+        larger than the cache, make it cold. `refused` takes the candidates that no CUDA graph takes, and why.
+
+        Raises:
+            Capture: there is no CUDA graph of a candidate, and no `refused` to say so.
         """
-        runs = {name: self._run(call, sets, how) for name, call in calls.items()}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        names, begun = list(calls), time.perf_counter()
+        self._place = 0
+        runs = {}
+        for name, call in calls.items():
+            try:
+                runs[name] = self._run(call, sets, how)
+            except Capture as why:
+                if refused is None:
+                    raise
+                refused[name] = str(why)
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        names, begun = list(runs), time.perf_counter()
         for turn in range(self.repeats):
             if turn >= LEAST and time.perf_counter() - begun > (seconds or self.seconds):
                 break
@@ -100,26 +115,24 @@ class Clock:
         inner = max(1, min(_MOST_INNER, math.ceil(_SAMPLE / max(took, 1e-7))))
         if how == "graph":
             # A graph rotates over its own calls alone: it must go over all sets to be cold.
-            inner = max(inner, min(len(sets), _MOST_INNER))
-            return self._by_graph(call, sets, inner)
-        place = 0
+            return self._by_graph(call, sets, max(inner, len(sets)))
 
         def sample() -> float:
-            nonlocal place
-            place += inner
-            return self._by_events(lambda: [call(sets[(place + i) % len(sets)]) for i in range(inner)], host * inner)
+            given = [self._next(sets) for _ in range(inner)]
+            return self._by_events(lambda: [call(s) for s in given], host * inner) / inner
 
-        return lambda: sample() / inner
+        return sample
+
+    def _next(self, sets: Sequence[Any]) -> Any:
+        self._place += 1
+        return sets[self._place % len(sets)]
 
     def _by_wall(self, call: Call, sets: Sequence[Any]) -> Callable[[], float]:
-        place = 0
-
         def sample() -> float:
-            nonlocal place
-            place += 1
+            given = self._next(sets)
             self.wait()
             start = time.perf_counter()
-            call(sets[place % len(sets)])
+            call(given)
             self.wait()
             return time.perf_counter() - start
 
@@ -139,7 +152,12 @@ class Clock:
 
     def _by_graph(self, call: Call, sets: Sequence[Any], inner: int) -> Callable[[], float]:
         graph = self.capture(lambda: [call(sets[i % len(sets)]) for i in range(inner)])
-        return lambda: self._by_events(graph, 1e-4) / inner
+        start = time.perf_counter()
+        graph()
+        # Starting a graph of hundreds of kernels takes the host a while too.
+        host = 1e-4 + time.perf_counter() - start
+        self.wait()
+        return lambda: self._by_events(graph, host) / inner
 
     def capture(self, work: Callable[[], Any]) -> Callable[[], None]:
         """`work` as a CUDA graph's replay.
@@ -150,11 +168,11 @@ class Clock:
         if not self.cuda:
             work()
             return work
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        side, stream = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(stream)
         with torch.cuda.stream(side):
             work()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        stream.wait_stream(side)
         self.wait()
         graph = torch.cuda.CUDAGraph()
         held: list[Any] = []
@@ -162,6 +180,7 @@ class Clock:
             with torch.cuda.graph(graph):
                 held.append(work())
         except Exception as error:
+            self._recover(stream)
             # What is captured holds nothing any more; a wait shows whether the device still answers.
             self.wait()
             raise Capture(f"no CUDA graph of it: {str(error).strip().splitlines()[0]}") from error
@@ -174,3 +193,10 @@ class Clock:
         replay()
         self.wait()
         return replay
+
+    def _recover(self, stream: Any) -> None:
+        """Undoes what torch leaves where ending a capture fails too: its stream current, the generator capturing."""
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(Exception):
+            own = torch.cuda.default_generators[torch.cuda.current_device()]
+            own.graphsafe_set_state(torch.Generator(self.device).graphsafe_get_state())

@@ -1,4 +1,5 @@
-"""Part `kernels`: masks, layers under masks and layers over stored weights (performance.md G1 to G16)."""
+"""Part `kernels`: masks, layers under masks and layers over stored weights (performance.md G1 to G16);
+what stands between two layers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import cells_ffn, cells_masked, cells_stored
+from benchmarks.gpu import cells_ffn, cells_masked, cells_norm, cells_stored
 from benchmarks.gpu.bench import Bench, Cell
 from benchmarks.gpu.inputs import FFN, LAYER, SQUARE
 from benchmarks.gpu.rows import Target
@@ -188,12 +189,21 @@ def _others() -> list[Cell]:
                     {"rows": 16384, "heads": heads, "neurons": neurons},
                     {"rows": 8, "heads": 2, "neurons": 64, "width": 64, "whole": 4})  # fmt: skip
 
+    def norm(rows: int, width: int = 768, dtype: torch.dtype = BF16) -> Cell:
+        return Cell("add_layer_norm", cells_norm.add_norm, {"rows": rows, "width": width, "dtype": dtype},
+                    {"rows": 5, "width": 24}, ("add_layer_norm",))  # fmt: skip
+
     return [
         structured(5, 1216),
         chosen("64x64", FFN[0], 4096, 0.75),
+        norm(16384),
         chosen("unstructured", FFN[0], 4096, 0.8),
         structured(2, 128),
         chosen("2:4", FFN[0], 4096, 0.5),
         chosen("unstructured", FFN[0], 16, 0.8),
         chosen("64x64", SQUARE, 1024, 0.5),
+        norm(128),
+        norm(16384, 1024),
+        norm(4096),
+        norm(16384, dtype=FP32),
     ]

@@ -95,19 +95,22 @@ def _cublas(bench: Bench, shape: tuple[int, int], rows: int) -> None:
         _rate(bench, case, product_cost(rows, n, k, BF16), make, {"cuBLAS": call})
 
 
-def two_four_paths(weight: Tensor, bias: Tensor | None = None) -> dict[str, Any]:
-    """torch's own 2:4: the layer as it comes, and cuSPARSELt with the algorithm that a search finds, by M."""
+def two_four_paths(weight: Tensor, bias: Tensor | None = None, found: dict[int, int] | None = None) -> dict[str, Any]:
+    """torch's own 2:4: the layer as it comes, and cuSPARSELt with the algorithm that a search finds.
+
+    `found` keeps the algorithms by M, for several weights of one shape.
+    """
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_structured
 
     sparse = to_sparse_semi_structured(weight)
     packed = SparseSemiStructuredTensorCUSPARSELT.from_dense(weight).packed
-    found: dict[int, int] = {}
+    algorithms = {} if found is None else found
 
     def searched(x: Tensor) -> Tensor:
         rows = x.shape[0]
-        if rows not in found:
-            found[rows] = int(torch._cslt_sparse_mm_search(packed, x.t()))
-        return torch._cslt_sparse_mm(packed, x.t(), bias=bias, alg_id=found[rows]).t()
+        if rows not in algorithms:
+            algorithms[rows] = int(torch._cslt_sparse_mm_search(packed, x.t()))
+        return torch._cslt_sparse_mm(packed, x.t(), bias=bias, alg_id=algorithms[rows]).t()
 
     return {"torch 2:4": lambda x: F.linear(x, sparse, bias), "cuSPARSELt, searched": searched}
 

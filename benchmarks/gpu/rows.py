@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Row", "Target", "judged", "markdown", "slug", "summary", "write"]
+__all__ = ["Row", "Target", "judged", "markdown", "rivals", "slug", "summary", "write"]
 
 Row = dict[str, Any]
 """`kind` is "speed" (with `times`), "fact" (with `facts`), "red" (with `why`) or "skipped" (with `why`); all have
@@ -74,11 +74,16 @@ def _measured(target: Target, row: Row) -> float | None:
     if target.measure == "limit":
         limit = row.get("limit ms")
         return None if limit is None else limit / ours
-    names = target.against or [name for name in times if name != subject]
+    names = target.against or rivals(times, str(subject))
     others = [times[name]["median"] for name in names if name in times]
     if not others:
         return None
     return min(others) / ours if target.measure == "faster" else ours / min(others)
+
+
+def rivals(names: Iterable[str], subject: str) -> list[str]:
+    """The candidates that are none of ours: neither the subject nor a variant of it ("sparsebert, new mask")."""
+    return [name for name in names if name != subject and not name.startswith(f"{subject}, ")]
 
 
 def slug(words: str) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from benchmarks.gpu.cell import Skip, first_line
 from benchmarks.gpu.cells_ffn import call_of
+from benchmarks.gpu.worker import BROKEN
 from sparsebert import ops
 from sparsebert.formats import parse_format
-from sparsebert.ops._backend import OPS
+from sparsebert.ops._backend import OPS, failures_raise
 
 __all__ = ["CALLS", "run"]
 
@@ -161,6 +162,9 @@ CALLS: dict[str, Call] = {
     "add_layer_norm": _norm,
     "varlen_attention": _varlen,
     "varlen_attention_backward": _varlen,
+    "block_lists": _attention,
+    "block_order": _attention,
+    "transposed_block_lists": _attention,
     "block_sparse_attention": _attention,
     "block_sparse_attention_backward": _attention,
     "soft_cross_entropy": _logits,
@@ -193,7 +197,9 @@ def run(device: torch.device, names: Sequence[str] = ()) -> dict[str, str]:
 
 def _outcome(call: Call, device: torch.device, dtype: torch.dtype) -> str:
     try:
-        call(device, dtype)
+        # Else the definition would stand in for a kernel that fails.
+        with failures_raise():
+            call(device, dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Skip as why:
@@ -215,6 +221,11 @@ def main() -> int:
         became = run(torch.device("cuda"), [name])[name]
         print(f"{name}: {became}", flush=True)
         failed |= became.startswith("failed")
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            # After an illegal access every further call of this process would fail.
+            return BROKEN
     return int(failed)
 
 

@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu import sanitize
 from benchmarks.gpu.bench import Bench, Cell, Red, Skip, relative_error
+from benchmarks.gpu.worker import BROKEN
 from sparsebert import ops
 from sparsebert.formats import parse_format
+from sparsebert.ops._backend import OPS
 
 __all__ = ["cells"]
 
@@ -26,16 +29,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # They compile without a GPU, for minutes, and have been run where the code was written.
 COMPILING = "tests/gpu/test_compile.py"
 BF16 = torch.bfloat16
+_WORKERS = 12
 
 
 def cells(bench: Bench) -> list[Cell]:
-    """The GPU's own tests first; each is given what is left of the part's time."""
+    """What shows most in the least time first; each is given what is left of the part's time."""
     hour = 3600.0
     tiny = {"words": ("tests/ops/test_bits.py", "--collect-only"), "share": 1.0}
     return [
-        Cell("pytest tests/gpu", _pytest, {"words": ("tests/gpu", f"--ignore={COMPILING}"), "share": 0.45},
-             tiny, (), hour),
         Cell("every kernel once", _called, {}, {}, (), 240.0),
+        Cell("pytest tests/gpu", _pytest, {"words": ("tests/gpu", f"--ignore={COMPILING}"), "share": 0.55},
+             tiny, (), hour),
         Cell("memcheck", _sanitizer, {"tool": "memcheck"}, {}, (), hour),
         Cell("racecheck", _sanitizer, {"tool": "racecheck"}, {}, (), hour),
         Cell("2^31 elements: masked_weight", _big_weight, {"rows": 65540}, {"rows": 40, "columns": 16},
@@ -70,23 +74,29 @@ def _pytest(bench: Bench, words: tuple[str, ...], share: float) -> None:
     missing = [name for name in ("hypothesis",) if importlib.util.find_spec(name) is None]
     if missing:
         raise Skip(f"{', '.join(missing)} is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *words]
+    # A line for every test as it ends: what failed is known though the time runs out.
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=line", *words]
+    threads = os.cpu_count() or 1
     if importlib.util.find_spec("xdist") is not None and bench.cuda:
         # Compiling the kernels is most of it, and that is the processor's work.
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(_WORKERS, threads))]
+    if importlib.util.find_spec("pytest_timeout") is not None and bench.cuda:
+        command += ["--timeout=150", "--timeout-method=thread"]
     # It ends before this process may be ended, or nobody would end it.
     seconds = min(share * (bench.left() - 15.0), bench.left() - 8.0) if bench.cuda else 300.0
     if seconds < 20.0:
         raise Skip("the part's time was spent")
     start = time.perf_counter()
-    status, output = _ended(command, seconds)
+    status, output = _ended(command, seconds, OMP_NUM_THREADS=str(max(1, threads // _WORKERS)))
     lines = output.strip().splitlines()
     last = lines[-1] if lines else "no output"
-    failed = [line for line in lines if re.match(r"(FAILED|ERROR) ", line)]
+    failed = _failed(lines)
     facts = {"result": re.sub(r"^=+ | =+$", "", last), "seconds": round(time.perf_counter() - start, 1)}
     case = {"": " ".join(words)}
     if status is None:
-        bench.facts(case, {**facts, "result": f"ended after {seconds:.0f} s"}, notes=failed[:40])
+        passed = sum(" PASSED" in line for line in lines)
+        result = f"ended after {seconds:.0f} s: {len(failed)} failed, {passed} passed"
+        bench.facts(case, {**facts, "result": result}, notes=failed[:40])
         if failed:
             raise Red(f"{len(failed)} failed before the time was spent: {failed[0]}")
         return
@@ -95,13 +105,54 @@ def _pytest(bench: Bench, words: tuple[str, ...], share: float) -> None:
         raise Red(f"pytest ended with status {status}: {failed[0] if failed else last}")
 
 
+def _failed(lines: Sequence[str]) -> list[str]:
+    """The tests that failed, with the reason where pytest came to say it: "path::name - reason"."""
+    found: dict[str, str] = {}
+    for line in lines:
+        # While it runs "[gw3] [ 40%] FAILED path::name" or "path::name FAILED [ 40%]"; at the end "FAILED path - why".
+        run = re.match(r"\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (\S.*)|(\S.*) (?:FAILED|ERROR) +\[ *\d+%\]", line)
+        told = re.match(r"(?:FAILED|ERROR) (\S+?::.*?|\S+)(?: - (.*))?$", line)
+        if run:
+            found.setdefault((run[1] or run[2]).strip(), "")
+        elif told:
+            # The first: a worker that was ended after a test names that test again.
+            found[told[1].strip()] = found.get(told[1].strip()) or told[2] or ""
+    return [f"{name} - {why}" if why else name for name, why in found.items()]
+
+
 def _called(bench: Bench) -> None:
     """Without a sanitizer: what is slow below it is found here, and compiled for it."""
-    found = sanitize.run(bench.device)
+    if bench.cuda:
+        names = sorted({*sanitize.CALLS, *OPS})
+        shares = [names[place::_WORKERS] for place in range(_WORKERS)]
+        seconds = min(220.0, bench.left() - 15.0)
+        # Compiling is most of it, so several at a time.
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            parts = list(pool.map(lambda share: _apart(share, time.monotonic() + seconds), filter(None, shares)))
+        found = {name: became for part in parts for name, became in part.items()}
+    else:
+        found = sanitize.run(bench.device)
     bench.facts({}, _grouped(found))
     failed = [f"{name}: {became}" for name, became in found.items() if became.startswith("failed")]
     if failed:
         raise Red("; ".join(failed))
+
+
+def _apart(names: Sequence[str], end: float) -> dict[str, str]:
+    """What became of the calls of some ops, in a process of their own; in another behind one that ended it."""
+    found: dict[str, str] = {}
+    while rest := [name for name in names if name not in found]:
+        if end - time.monotonic() < 10.0:
+            return found | dict.fromkeys(rest, "not come to: the time was spent")
+        command = [sys.executable, "-m", "benchmarks.gpu.sanitize", *rest]
+        status, output = _ended(command, end - time.monotonic())
+        told = {name: became for name, became in re.findall(r"^(\w+): (.+)$", output, re.MULTILINE) if name in rest}
+        found |= told
+        silent = [name for name in rest if name not in told]
+        if silent and (status is None or status != BROKEN):
+            why = "the time ran out in it" if status is None else f"the process ended with status {status}"
+            found[silent[0]] = f"failed: {why}: {' '.join(output.split())[-200:]}"
+    return found
 
 
 def _grouped(found: dict[str, str]) -> dict[str, str]:

@@ -70,6 +70,7 @@ def _work(plan: Mapping[str, Any], say: Say) -> int:
     name = "rehearsal" if rehearsing else torch.cuda.get_device_name()
     # What torch's prototypes say of themselves would bury the rows.
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", ".*its Triton kernel could not be built")
     say("head", head={**_head(name, SEED), "backends": _backends(rehearsing)})
     for part in plan["parts"]:
         bench = Bench(device, lambda row, part=part: say("row", part=part, row=row), name=name)

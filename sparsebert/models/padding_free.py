@@ -322,8 +322,10 @@ class Padding:
             if mask.shape != self.shape[:2]:
                 raise ValueError(f"attention_mask: expected [{batch}, {length}], got {list(mask.shape)}")
             real = mask.to(device=embedded.device, dtype=torch.bool)
-            if not bool(real.all()):
-                self.index = real.reshape(-1).nonzero().squeeze(1)
+            # The only thing of a forward that a GPU is waited for: how many tokens are real.
+            index = real.reshape(-1).nonzero().squeeze(1)
+            if index.shape[0] != real.numel():
+                self.index = index
                 self.cu_seqlens = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
                 return
         self.cu_seqlens = torch.arange(batch + 1, device=embedded.device) * length
@@ -336,7 +338,7 @@ class Padding:
     def restore(self, x: Tensor) -> Tensor:
         """`[tokens, H]` to `[batch, seq, H]`, 0 at padding."""
         if self.index is not None:
-            x = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy(0, self.index, x)
+            x = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy_(0, self.index, x)
         return x.view(self.shape[0], self.shape[1], x.shape[1])
 
 

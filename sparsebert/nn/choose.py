@@ -28,7 +28,7 @@ from sparsebert.formats import Format, parse_format
 from sparsebert.nn import remember as memory
 from sparsebert.nn.gpu_timer import measure_events
 from sparsebert.nn.structure import Structure, structure_of
-from sparsebert.ops._backend import OPS, REFERENCE, failures_raise
+from sparsebert.ops._backend import OPS, REFERENCE, failures_raise, is_of_the_kernel
 from sparsebert.ops._linear import activate
 from sparsebert.ops.dense_linear import dense_linear
 
@@ -239,8 +239,15 @@ def _measured(
 
 @contextlib.contextmanager
 def _plain_torch(device: torch.device, trainable: bool) -> Iterator[None]:
-    """Neither the caller's autocast nor its gradient mode changes what is measured."""
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.set_grad_enabled(trainable):
+    """Neither the caller's autocast nor its gradient mode or current GPU changes what is measured."""
+    # Events are recorded, and waited for, on the current GPU alone.
+    there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with (
+        there,
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
+        torch.set_grad_enabled(trainable),
+    ):
         yield
 
 
@@ -311,7 +318,10 @@ def _trial(call: Callable[[], object], on_gpu: bool) -> str | None:
             call()
             if on_gpu:
                 torch.cuda.synchronize()
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
+        # Triton's own errors are no RuntimeErrors.
+        if not isinstance(error, (RuntimeError, ValueError)) and not is_of_the_kernel(error):
+            raise
         return f"it does not run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return None
 

@@ -34,6 +34,7 @@ __all__ = [
     "constant_result",
     "failures_raise",
     "forced_backend",
+    "is_of_the_kernel",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -269,7 +270,7 @@ def _or_reference(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
             with _on_device_of(args):
                 return body(*args)
         except Exception as error:
-            if _must_raise() or not _is_of_the_kernel(error):
+            if _must_raise() or not is_of_the_kernel(error):
                 raise
             if name not in _failed:
                 what = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -298,7 +299,7 @@ def _must_raise() -> bool:
     return _failures_raise > 0 or forced_backend() is not None
 
 
-def _is_of_the_kernel(error: Exception) -> bool:
+def is_of_the_kernel(error: Exception) -> bool:
     """Whether an error is a compiler's or a launch's; what the arguments or the memory are to blame for is not."""
     if isinstance(error, (torch.OutOfMemoryError, NotImplementedError, RecursionError)):
         return False

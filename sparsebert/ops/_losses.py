@@ -18,6 +18,7 @@ __all__ = [
     "LOSS_DTYPES",
     "check_mask",
     "check_pair",
+    "gradient_dtype",
     "keep_gradients",
     "kept_entries",
     "scaled",
@@ -89,25 +90,52 @@ def kept_entries(mask: Tensor | None, total: int, wide: torch.dtype, device: tor
     return mask.sum(dtype=wide).clamp(min=1)
 
 
-def scaled(gradient: Tensor, grad_loss: Tensor | None) -> Tensor | None:
-    """`grad_loss * gradient` in the gradient's dtype; the gradient itself where that factor is 1, None for None.
+def gradient_dtype(student: Tensor) -> torch.dtype:
+    """In which an op returns the gradient to `student`: float32 for float16, whose range a mean's gradient leaves.
+
+    Whoever trains in float16 scales the loss for that, which an op learns of in its backward.
+    """
+    return torch.float32 if student.dtype == torch.float16 else student.dtype
+
+
+def scaled(gradient: Tensor, grad_loss: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`grad_loss * gradient` in `dtype`; the gradient itself where that factor is 1, None for None.
 
     Raises:
         NotImplementedError: a second derivative is being recorded; the saved gradient is a constant and has none.
     """
     if grad_loss is None:
         return None
-    # Only for a plain tensor on the CPU is reading the number free of a wait and of a trace.
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling():
+    if type(grad_loss) is Tensor and not torch.compiler.is_compiling():
         if torch.is_grad_enabled():
             raise NotImplementedError("distillation losses have no second derivatives; drop create_graph=True")
-        if grad_loss.item() == 1.0:
-            return gradient
-    return (gradient * grad_loss).to(gradient.dtype)
+        # Only on the CPU is reading the number free of a wait.
+        if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
+            return gradient.to(dtype)
+        if grad_loss.is_cuda and gradient.dtype == dtype and not _graph_is_kept():
+            return _scaled_in_place(gradient, grad_loss)
+    return (gradient * grad_loss).to(dtype)
 
 
-def keep_gradients(ctx: Any, gradients: Sequence[Tensor]) -> None:
+def _graph_is_kept() -> bool:
+    """Whether this backward may come again (`retain_graph=True`) and needs its tensors as they are."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
+
+
+def _scaled_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient` times `factor` where it lies: a pass less over memory than a copy where the factor is 1."""
+    try:
+        from sparsebert.kernels._losses import scale_
+    except ImportError:
+        return gradient * factor
+    with torch.cuda.device(gradient.device):
+        return scale_(gradient, factor)
+
+
+def keep_gradients(ctx: Any, gradients: Sequence[Tensor], student: Tensor) -> None:
     """Save an op's gradients for its backward; nothing flows back through these outputs themselves."""
+    ctx.dtype = student.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*gradients)
     ctx.save_for_backward(*gradients)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from sparsebert.ops._backend import Op
+from sparsebert.ops._losses import served
 
 __all__ = ["add_layer_norm", "add_layer_norm_reference"]
 
-DTYPES = (torch.float32, torch.bfloat16)
+WIDEST = 8192
+"""Rows that the GPU's kernel takes; wider ones go to the reference there."""
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
@@ -20,7 +22,8 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     The sum, its mean and its variance are kept in float32 (float64 for float64) and rounded once, at the end.
 
     Args:
-        x: `[..., H]`, float32 or bfloat16 in the compiled kernel; any float dtype on the reference.
+        x: `[..., H]`, float32 or bfloat16 in the compiled kernels, on a GPU float16 too, with H up to 8192 there; any
+            float dtype and width on the reference.
         residual: like `x`. Where the two dtypes differ, as under autocast, both are taken to the wider one.
         weight, bias: `[H]`, float; taken to the dtype of the sum.
         eps: added to the variance.
@@ -38,7 +41,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
         x, residual = x.to(dtype), residual.to(dtype)
     if weight.dtype != dtype or bias.dtype != dtype:
         weight, bias = weight.to(dtype), bias.to(dtype)
-    body = _op.differentiable(x.device, dtype in DTYPES)
+    body = _op.differentiable(x.device, _is_supported(x))
     return body(x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), eps)
 
 
@@ -49,6 +52,13 @@ def add_layer_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: 
     centred = total - total.mean(-1, keepdim=True)
     scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (centred * scale * weight.to(wide) + bias.to(wide)).to(x.dtype)
+
+
+def _is_supported(x: Tensor) -> bool:
+    """Whether the compiled bodies for where x is take it; a plain bool also where torch.compile traces a width."""
+    if x.device.type == "cuda" and x.shape[-1] > WIDEST:
+        return False
+    return served(x)
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> None:

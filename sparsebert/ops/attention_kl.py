@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsebert.ops._backend import Op
 from sparsebert.ops._losses import (
     check_mask,
+    gradient_dtype,
     keep_gradients,
     scaled,
     served,
@@ -81,7 +82,7 @@ def attention_kl_reference(
     zero = torch.zeros((), dtype=wide, device=student.device)
     loss = torch.where(pair, p_t * (log_t - log_s), zero).sum() / kept
     if not need_grad:
-        return loss, student_q.new_empty(0), student_k.new_empty(0)
+        return loss, *no_gradients(student_q)
     difference = torch.where(pair, p_s - p_t, zero) * (student_scale / kept)
     return loss, heads_last(difference @ k, student_q), heads_last(difference.mT @ q, student_k)
 
@@ -108,8 +109,13 @@ def kept_pairs(like: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def heads_last(gradient: Tensor, like: Tensor) -> Tensor:
-    """`gradient` in `like`'s dtype, laid out `[batch, seq, heads, width]` in memory: as the projection wants it."""
-    return gradient.transpose(1, 2).to(like.dtype).contiguous().transpose(1, 2)
+    """`gradient` to `like`, laid out `[batch, seq, heads, width]` in memory: as the projection wants it."""
+    return gradient.transpose(1, 2).to(gradient_dtype(like)).contiguous().transpose(1, 2)
+
+
+def no_gradients(like: Tensor) -> tuple[Tensor, Tensor]:
+    """`[0]` twice, for gradients to q and k that are not needed."""
+    return like.new_empty(0, dtype=gradient_dtype(like)), like.new_empty(0, dtype=gradient_dtype(like))
 
 
 def check_maps(
@@ -177,14 +183,14 @@ def fake_maps(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *rest: An
 def fake_gradient(like: Tensor, need_grad: bool) -> Tensor:
     """A gradient as `heads_last` lays it out, or `[0]`."""
     if not need_grad:
-        return like.new_empty(0)
+        return no_gradients(like)[0]
     batch, heads, seq, width = like.shape
-    return like.new_empty((batch, seq, heads, width)).transpose(1, 2)
+    return like.new_empty((batch, seq, heads, width), dtype=gradient_dtype(like)).transpose(1, 2)
 
 
 def setup_maps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save the gradients, for ops that return them after the loss."""
-    keep_gradients(ctx, output[1:])
+    keep_gradients(ctx, output[1:], inputs[0])
     ctx.constants = len(inputs) - len(output[1:])
 
 
@@ -192,7 +198,7 @@ def backward_maps(ctx: Any, grad_loss: Tensor, *_unused: Any) -> tuple[Tensor | 
     """The gradients of the student's tensors, which come first; none for the rest."""
     saved = ctx.saved_tensors
     needed = ctx.needs_input_grad[: len(saved)]
-    gradients = (scaled(g, grad_loss) if need else None for g, need in zip(saved, needed, strict=True))
+    gradients = (scaled(g, grad_loss, ctx.dtype) if need else None for g, need in zip(saved, needed, strict=True))
     return *gradients, *[None] * ctx.constants
 
 

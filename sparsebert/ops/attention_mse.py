@@ -14,6 +14,7 @@ from sparsebert.ops.attention_kl import (
     fake_maps,
     heads_last,
     kept_pairs,
+    no_gradients,
     ready,
     scores,
     setup_maps,
@@ -82,7 +83,7 @@ def attention_mse_reference(
     difference = torch.where(pair, student - teacher, zero)
     loss = difference.square().sum() / kept
     if not need_grad:
-        return loss, student_q.new_empty(0), student_k.new_empty(0)
+        return loss, *no_gradients(student_q)
     if not on_scores:
         student = torch.where(pair, student, zero)
         difference = student * (difference - (difference * student).sum(-1, keepdim=True))

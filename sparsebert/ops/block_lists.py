@@ -7,15 +7,24 @@ out, *full* (all of it attended, no mask arithmetic at all) or *partial* (a bit 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsebert.ops._backend import Op, _interpreted, constant_result, forced_backend
 from sparsebert.ops.bits import pack_bits, unpack_bits
 
-__all__ = ["BLOCK_SIZES", "BlockLists", "lists_to_mask"]
+__all__ = [
+    "BLOCK_SIZES",
+    "BlockLists",
+    "block_lists_reference",
+    "block_order_reference",
+    "lists_to_mask",
+    "transposed_block_lists_reference",
+]
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -113,7 +122,7 @@ class BlockLists:
                 f"{sides[1]} keys, got {list(block_map.shape[2:])}"
             )
         if element_mask is None:
-            columns, full_counts, counts = _compress(block_map, torch.zeros_like(block_map))
+            columns, full_counts, counts = _made(_lists, block_lists_reference, block_map, None)
             return cls(columns, full_counts, counts, None, size, sides)
         if tuple(element_mask.shape[2:]) != sides:
             raise ValueError(f"element_mask: expected {list(sides)} scores, got {list(element_mask.shape[2:])}")
@@ -150,7 +159,7 @@ class BlockLists:
         )
         some, every = blocks.any(dim=5).any(dim=3), (blocks | ~inside).all(dim=5).all(dim=3)
         full, partial = (block_map & every).expand(*both, -1, -1), (block_map & some & ~every).expand(*both, -1, -1)
-        columns, full_counts, counts = _compress(full, partial)
+        columns, full_counts, counts = _made(_lists, block_lists_reference, full, partial)
         most = int((counts - full_counts).max()) if counts.numel() else 0
         if most == 0:
             return cls(columns, full_counts, counts, None, size, sides)
@@ -186,7 +195,8 @@ class BlockLists:
         return self
 
     def transposed(self) -> list[Tensor]:
-        """The same by key blocks, made on the device without waiting for it, and remembered.
+        """The same by key blocks, made on the device without waiting for it, and remembered (but
+        not where a CUDA graph is being captured).
 
         Returns:
             `[order, columns, full_counts, counts, places, key_order]`, all int32: `order` `[Bm, Hm, QB]` is each
@@ -201,12 +211,9 @@ class BlockLists:
                 return self.transposed()
         if "transposed" not in self._cache:
             keys = _blocks(self.lengths[1], self.block[1])
-            placed = _placed(self.columns, self.full_counts, self.counts, keys)[0].transpose(2, 3)
-            columns, full_counts, counts = _compress(placed == 0, placed > 0)
-            places = (placed.gather(3, columns.long()) - 1).clamp_(min=0)
-            self._cache["transposed"] = [
-                *self.order(), columns, full_counts, counts, places.contiguous(), _heaviest_first(counts)
-            ]  # fmt: skip
+            lists = (self.columns, self.full_counts, self.counts)
+            turned = _made(_transposed, transposed_block_lists_reference, *lists, keys)
+            return self._remembered("transposed", [*self.order(), *turned])
         return self._cache["transposed"]
 
     def order(self) -> list[Tensor]:
@@ -215,7 +222,7 @@ class BlockLists:
             with torch.inference_mode(False):
                 return self.order()
         if "order" not in self._cache:
-            self._cache["order"] = [_heaviest_first(self.counts)]
+            return self._remembered("order", [_made(_order, block_order_reference, self.counts)])
         return self._cache["order"]
 
     def to(self, device: torch.device | str) -> BlockLists:
@@ -234,6 +241,13 @@ class BlockLists:
     def to_mask(self) -> Tensor:
         """bool `[Bm, Hm, Sq, Sk]`: the scores attended."""
         return lists_to_mask(self.columns, self.full_counts, self.counts, self.partial_bits, self.block, self.lengths)
+
+    def _remembered(self, name: str, made: list[Tensor]) -> list[Tensor]:
+        # What a CUDA graph is to make holds nothing before the graph has run: a call beside it would read garbage.
+        captured = not torch.compiler.is_compiling() and self.columns.is_cuda
+        if not (captured and torch.cuda.is_current_stream_capturing()):
+            self._cache[name] = made
+        return made
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"columns": self.columns, "full_counts": self.full_counts, "counts": self.counts}
@@ -277,19 +291,69 @@ def _placed(columns: Tensor, full_counts: Tensor, counts: Tensor, keys: int) -> 
     return whole.scatter_(3, entries, what.int())[..., :-1], entries
 
 
-def _compress(full: Tensor, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(columns, full_counts, counts)` of bool maps of blocks `[Bm, Hm, rows, columns]`."""
+def block_lists_reference(full: Tensor, partial: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition: `(columns, full_counts, counts)` of bool maps of blocks `[Bm, Hm, rows, columns]`.
+
+    Columns that are listed in neither are behind the others.
+    """
     width = full.shape[3]
+    some = full if partial is None else full | partial
     column = torch.arange(width, device=full.device, dtype=torch.int32)
-    rank = torch.where(full, column, torch.where(partial, column + width, column + 2 * width))
-    counts = (full | partial).sum(3, dtype=torch.int32)
+    rank = torch.where(full, column, torch.where(some, column + width, column + 2 * width))
     columns = rank.sort(dim=3).values % max(width, 1)
-    return columns.contiguous(), full.sum(3, dtype=torch.int32), counts
+    return columns.contiguous(), full.sum(3, dtype=torch.int32), some.sum(3, dtype=torch.int32)
 
 
-def _heaviest_first(counts: Tensor) -> Tensor:
-    # Stable, so that rows as heavy as each other stay neighbours, and the same lists give the same order.
+def block_order_reference(counts: Tensor) -> Tensor:
+    """The definition: int32 like counts `[Bm, Hm, rows]`, each head's rows, those with most blocks first.
+
+    Stable, so that rows as heavy as each other stay neighbours, and the same lists give the same order.
+    """
     return counts.argsort(dim=2, descending=True, stable=True).int()
+
+
+def transposed_block_lists_reference(
+    columns: Tensor, full_counts: Tensor, counts: Tensor, keys: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The definition: all of `BlockLists.transposed()` but the first, for `keys` key blocks."""
+    placed = _placed(columns, full_counts, counts, keys)[0].transpose(2, 3)
+    turned, fulls, all_of_them = block_lists_reference(placed == 0, placed > 0)
+    places = (placed.gather(3, turned.long()) - 1).clamp_(min=0).contiguous()
+    return turned, fulls, all_of_them, places, block_order_reference(all_of_them)
+
+
+def _made(op: Op, reference: Callable[..., Any], first: Tensor, *rest: Any) -> Any:
+    """By the op where it has a kernel, which is in Triton alone, and else by its definition."""
+    device = first.device
+    return (op.pick(device) if _has_kernels(device.type) else reference)(first, *rest)
+
+
+@constant_result
+def _has_kernels(device: str) -> bool:
+    """Whether Triton makes lists there; another backend may be forced, whose operands alone they are."""
+    forced = forced_backend()
+    return forced in (None, "triton") if device == "cuda" else forced == "triton" and device == "cpu" and _interpreted()
+
+
+def _fake_lists(full: Tensor, partial: Any) -> tuple[Tensor, Tensor, Tensor]:
+    counts = full.new_empty(full.shape[:3], dtype=torch.int32)
+    return full.new_empty(full.shape, dtype=torch.int32), counts, torch.empty_like(counts)
+
+
+def _fake_order(counts: Tensor) -> Tensor:
+    return counts.new_empty(counts.shape)
+
+
+def _fake_transposed(columns: Tensor, full_counts: Any, counts: Any, keys: int) -> tuple[Tensor, ...]:
+    batches, heads, blocks, _ = columns.shape
+    turned = columns.new_empty(batches, heads, keys, blocks)
+    fulls, all_of_them, order = (columns.new_empty(batches, heads, keys) for _ in range(3))
+    return turned, fulls, all_of_them, torch.empty_like(turned), order
+
+
+_lists = Op("block_lists", block_lists_reference, _fake_lists)
+_order = Op("block_order", block_order_reference, _fake_order)
+_transposed = Op("transposed_block_lists", transposed_block_lists_reference, _fake_transposed)
 
 
 def _blocks(length: int, size: int) -> int:

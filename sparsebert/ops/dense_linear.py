@@ -20,7 +20,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activ
     """`activation(x @ weight^T + bias)`.
 
     Products are summed in float32 (float64 for float64), bias and activation applied there, and the result rounded
-    once. Where autograd records, the activation follows as torch's own op; gradients are torch's own products.
+    once. Where autograd records, and on a GPU below 2048 rows or in float32, the activation follows as torch's own op,
+    on y rounded to its dtype; gradients are torch's own products.
 
     Args:
         x: `[..., K]`, float32 or bfloat16 (float64 and float16 run on the reference).

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsebert.ops._losses import wide_dtype
+from sparsebert.ops._losses import gradient_dtype, wide_dtype
 from sparsebert.ops.hidden_mse import hidden_op, kept_tokens, run_hidden
 
 __all__ = ["hidden_cosine", "hidden_cosine_reference"]
@@ -45,7 +45,10 @@ def hidden_cosine(
 def hidden_cosine_reference(
     student: Sequence[Tensor], teacher: Sequence[Tensor], token_mask: Tensor | None, need_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The definition: `(loss, its gradient to each student layer)`; the list is empty where not needed."""
+    """The definition: `(loss, its gradient to each student layer)`; the list is empty where not needed.
+
+    Gradients to float16 are float32.
+    """
     wide = wide_dtype(student[0], teacher[0])
     keep, kept = kept_tokens(student, token_mask, wide)
     zero = torch.zeros((), dtype=wide, device=student[0].device)
@@ -59,7 +62,7 @@ def hidden_cosine_reference(
         if need_grad:
             # A length that is clamped does not change with s.
             along = torch.where(length_s < EPS, zero, cosine / length_s.square())
-            gradients.append((torch.where(keep, s * along - t * scale, zero) / kept).to(narrow_s.dtype))
+            gradients.append((torch.where(keep, s * along - t * scale, zero) / kept).to(gradient_dtype(narrow_s)))
     return torch.stack(losses).sum() / kept, gradients
 
 

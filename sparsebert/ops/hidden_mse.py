@@ -13,6 +13,7 @@ from sparsebert.ops._backend import Op
 from sparsebert.ops._losses import (
     check_mask,
     check_pair,
+    gradient_dtype,
     keep_gradients,
     kept_entries,
     scaled,
@@ -86,7 +87,10 @@ def _projected(
 def hidden_mse_reference(
     student: Sequence[Tensor], teacher: Sequence[Tensor], token_mask: Tensor | None, need_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The definition: `(loss, its gradient to each student layer)`; the list is empty where not needed."""
+    """The definition: `(loss, its gradient to each student layer)`; the list is empty where not needed.
+
+    Gradients to float16 are float32.
+    """
     wide = wide_dtype(student[0], teacher[0])
     keep, kept = kept_tokens(student, token_mask, wide)
     count = kept * max(student[0].shape[-1], 1)
@@ -94,7 +98,9 @@ def hidden_mse_reference(
     # where, not a product: a NaN at a padded place must not count.
     differences = [torch.where(keep, s.to(wide) - t.to(wide), zero) for s, t in zip(student, teacher, strict=True)]
     loss = torch.stack([difference.square().sum() for difference in differences]).sum() / count
-    gradients = [(2 * difference / count).to(student[0].dtype) for difference in differences] if need_grad else []
+    gradients = (
+        [(2 * difference / count).to(gradient_dtype(student[0])) for difference in differences] if need_grad else []
+    )
     return loss, gradients
 
 
@@ -152,19 +158,21 @@ def fake_hidden(
 ) -> tuple[Tensor, list[Tensor]]:
     """Shapes and dtypes of a loss on hidden states and its gradients."""
     loss = student[0].new_empty((), dtype=wide_dtype(student[0], teacher[0]))
-    return loss, [state.new_empty(tuple(state.shape)) for state in student] if need_grad else []
+    dtype = gradient_dtype(student[0])
+    return loss, [state.new_empty(tuple(state.shape), dtype=dtype) for state in student] if need_grad else []
 
 
 def setup_hidden(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     """Save the gradients; for the registration of an op on lists of layers."""
-    keep_gradients(ctx, output[1])
+    keep_gradients(ctx, output[1], inputs[0][0])
     ctx.layers = len(inputs[0])
 
 
 def backward_hidden(ctx: Any, grad_loss: Tensor, _unused: Any) -> tuple[Any, ...]:
     """The gradient of each student layer; none for teacher and mask."""
     needed = ctx.needs_input_grad[0]
-    gradients = [scaled(g, grad_loss) if need else None for g, need in zip(ctx.saved_tensors, needed, strict=True)]
+    pairs = zip(ctx.saved_tensors, needed, strict=True)
+    gradients = [scaled(g, grad_loss, ctx.dtype) if need else None for g, need in pairs]
     return gradients, [None] * ctx.layers, None, None
 
 

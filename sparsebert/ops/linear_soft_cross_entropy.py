@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparsebert.ops import soft_cross_entropy as _soft
 from sparsebert.ops._backend import Op
-from sparsebert.ops._losses import keep_gradients, scaled, served, wants_gradient, wide_dtype
+from sparsebert.ops._losses import gradient_dtype, keep_gradients, scaled, served, wants_gradient, wide_dtype
 
 __all__ = ["linear_soft_cross_entropy", "linear_soft_cross_entropy_reference"]
 
@@ -107,12 +107,8 @@ def linear_soft_cross_entropy_reference(
                 of_weight.addmm_(gradient.T, s[part], alpha=share)
             if need_bias:
                 of_bias += gradient.sum(0) * share
-    dtype = _gradient_dtype(student_hidden)
+    dtype = gradient_dtype(student_hidden)
     return loss, of_hidden.to(dtype), of_weight.to(dtype), of_bias.to(dtype)
-
-
-def _gradient_dtype(student: Tensor) -> torch.dtype:
-    return torch.float32 if student.dtype == torch.float16 else student.dtype
 
 
 def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -166,7 +162,7 @@ def _fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _gradient_dtype(student_hidden)
+    dtype = gradient_dtype(student_hidden)
     shapes = tuple(student_hidden.shape), tuple(student_weight.shape), (student_weight.shape[0],)
     needs = need_hidden, need_weight, need_bias
     hidden, weight, bias = (
@@ -177,13 +173,12 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    keep_gradients(ctx, output[1:])
-    ctx.dtype = inputs[0].dtype
+    keep_gradients(ctx, output[1:], inputs[0])
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
     hidden, weight, bias = (
-        scaled(gradient, grad_loss).to(ctx.dtype) if need and grad_loss is not None else None  # type: ignore[union-attr]
+        scaled(gradient, grad_loss, ctx.dtype) if need else None
         for gradient, need in zip(ctx.saved_tensors, (*ctx.needs_input_grad[:2], ctx.needs_input_grad[4]), strict=True)
     )
     return hidden, weight, None, None, bias, *[None] * 6

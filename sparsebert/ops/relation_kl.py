@@ -13,6 +13,7 @@ from sparsebert.ops.attention_kl import (
     backward_maps,
     fake_gradient,
     heads_last,
+    no_gradients,
     served_maps,
     setup_maps,
     without_gaps,
@@ -91,7 +92,7 @@ def relation_kl_reference(
     wide = wide_dtype(student, teacher)
     s, t = student.to(wide), teacher.to(wide)
     loss, grad_q, grad_k = attention_kl_reference(s, s, t, t, token_mask, student_scale, teacher_scale, need_grad)
-    return loss, heads_last(grad_q + grad_k, student) if need_grad else student.new_empty(0)
+    return loss, heads_last(grad_q + grad_k, student) if need_grad else no_gradients(student)[0]
 
 
 def _regroup(name: str, x: Tensor, heads: int) -> Tensor:

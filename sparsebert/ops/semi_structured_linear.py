@@ -5,6 +5,11 @@ it: 2 where m <= 4, 4 where m <= 16, 8 where m <= 256. A row's positions follow 
 `[ceil(K / m * n * b / 8)]`, least significant bits first; within a group they strictly ascend, and bits past the last
 are 0. A group with fewer than n weights is filled up with zeros. `sparsebert.formats.SemiStructured` makes and
 validates it.
+
+For many rows on a GPU the weight is packed once for cuSPARSELt and kept until torch counts a change of `values` or
+`positions`. It does not count what is written through `.data`, or through memory shared in another way: write in
+place under `torch.no_grad()` instead. A captured CUDA graph runs on the weight as it was last packed: after a
+change call the layer once outside the graph. There the activation is torch's own, on y rounded to its dtype.
 """
 
 from __future__ import annotations
@@ -43,6 +48,8 @@ def semi_structured_linear(
     A weight that is not stored has no effect at all: from the compiled kernels a NaN or infinity in x reaches only the
     outputs that store a weight, or a zero that fills a group up, in its column; the reference multiplies by zeros too,
     so that it may reach all outputs of its row.
+
+    For many rows on a GPU the weight is kept packed: see the module for what that sees of changes.
 
     Args:
         x: `[..., K]`, float32 or bfloat16 (float64 and float16 run on the reference).

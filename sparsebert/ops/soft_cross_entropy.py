@@ -11,6 +11,7 @@ from sparsebert.ops._backend import Op
 from sparsebert.ops._losses import (
     check_mask,
     check_pair,
+    gradient_dtype,
     keep_gradients,
     kept_entries,
     scaled,
@@ -64,7 +65,10 @@ def soft_cross_entropy(
 def soft_cross_entropy_reference(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, temperature: float, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The definition: `(loss, its gradient to the student)`; the gradient is `[0]` where not needed."""
+    """The definition: `(loss, its gradient to the student)`; the gradient is `[0]` where not needed.
+
+    A gradient to float16 is float32.
+    """
     wide = wide_dtype(student_logits, teacher_logits)
     log_student = torch.log_softmax(student_logits.to(wide) / temperature, -1)
     teacher = torch.softmax(teacher_logits.to(wide) / temperature, -1)
@@ -75,25 +79,26 @@ def soft_cross_entropy_reference(
     rows = torch.where(keep, -(teacher * log_student).sum(-1), zero)
     loss = rows.sum() * (temperature**2 / kept)
     if not need_grad:
-        return loss, student_logits.new_empty(0)
+        return loss, student_logits.new_empty(0, dtype=gradient_dtype(student_logits))
     difference = torch.where(keep.unsqueeze(-1), log_student.exp() - teacher, zero)
-    return loss, (difference * (temperature / kept)).to(student_logits.dtype)
+    return loss, (difference * (temperature / kept)).to(gradient_dtype(student_logits))
 
 
 def _fake(
     student_logits: Tensor, teacher_logits: Tensor, mask: Any, temperature: float, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     loss = student_logits.new_empty((), dtype=wide_dtype(student_logits, teacher_logits))
-    return loss, student_logits.new_empty(tuple(student_logits.shape) if need_grad else (0,))
+    shape = tuple(student_logits.shape) if need_grad else (0,)
+    return loss, student_logits.new_empty(shape, dtype=gradient_dtype(student_logits))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    keep_gradients(ctx, output[1:])
+    keep_gradients(ctx, output[1:], inputs[0])
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _unused: Any) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    return scaled(gradient, grad_loss), None, None, None, None
+    return scaled(gradient, grad_loss, ctx.dtype), None, None, None, None
 
 
 _op = Op("soft_cross_entropy", soft_cross_entropy_reference, _fake, backward=_backward, setup_context=_setup_context)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from sparsebert.ops._backend import Op
+from sparsebert.ops._losses import served
 from sparsebert.ops.masked_linear import full_precision
 
 __all__ = ["varlen_attention", "varlen_attention_backward_reference", "varlen_attention_reference"]
 
-DTYPES = (torch.float32, torch.bfloat16)
+WIDEST = 128
+"""Heads that the GPU's kernel takes; wider ones go to the reference there."""
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None) -> Tensor:
@@ -23,13 +25,18 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, sca
 
     A token attends to all tokens of its own sequence and to no other. Products are added up in float32 and the softmax
     is taken in float32; with bfloat16 inputs the probabilities are rounded to bfloat16 where the machine multiplies
-    bfloat16.
+    bfloat16 (float16 alike).
+
+    On a GPU nothing waits for it, and a CUDA graph takes other lengths of as many sequences and tokens on replay. For
+    gradients the host waits once a call: the backward is plain torch, sequence by sequence.
 
     Args:
-        q, k, v: `[tokens, heads, dim]`, float32 or bfloat16 in the compiled kernel; any float dtype on the reference.
-            They may be views with any stride between tokens and heads.
+        q, k, v: `[tokens, heads, dim]`, float32 or bfloat16 in the compiled kernels, on a GPU float16 too, with `dim`
+            up to 128 there; any float dtype and width on the reference. They may be views with any stride between
+            tokens and heads.
         cu_seqlens: int32 or int64 `[B + 1]`: sequence `i` is the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1]`; it
-            ascends from 0 to `tokens`. Sequences may be empty.
+            ascends from 0 to `tokens`. Sequences may be empty. On a GPU the numbers are not looked at before the
+            launch: where they do not ascend so, the whole result is NaN.
         scale: of the scores; None is `1 / sqrt(dim)`.
 
     Returns:
@@ -43,7 +50,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, sca
         scale = 1.0 / math.sqrt(max(q.shape[-1], 1))
     if q.shape[-1] > 1:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    body = _forward.differentiable(q.device, q.dtype in DTYPES)
+    body = _forward.differentiable(q.device, _is_supported(q))
     with full_precision(q.device.type):
         return body(q, k, v, cu_seqlens.contiguous(), float(scale))
 
@@ -88,6 +95,13 @@ def _probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """`[heads, length, length]` in float32 at least."""
     wide = torch.promote_types(query.dtype, torch.float32)
     return torch.softmax((query @ key.transpose(1, 2)).to(wide) * scale, dim=-1)
+
+
+def _is_supported(q: Tensor) -> bool:
+    """Whether the compiled bodies for where q is take it; a plain bool also where torch.compile traces a width."""
+    if q.device.type == "cuda" and q.shape[-1] > WIDEST:
+        return False
+    return served(q)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,23 @@ def triton_backend(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ite
     """The Triton kernels forced for the test; gives the device they run on."""
     monkeypatch.setenv("SPARSEBERT_BACKEND", "triton")
     yield device
+
+
+def pytest_runtest_logfinish() -> None:
+    """Ends a worker of pytest-xdist whose device no longer answers, so that one bad kernel fails one test.
+
+    After an illegal access every later CUDA call of the process fails. The test's own report has been sent by now;
+    xdist says that its worker crashed, and begins another.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and _lost():
+        os._exit(1)
+
+
+def _lost() -> bool:
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

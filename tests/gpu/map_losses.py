@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from gpu.row_losses import check_again, check_scaled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ops.losses import Case, LossPromises
@@ -197,6 +198,12 @@ class MapPromises:
         loss, *gradients = self.of.run(Case(case.student, [s.detach() for s in case.student], None))
         assert abs(loss.item()) < 1e-12
         assert all(g.abs().max() < 1e-8 for g in gradients)
+
+    def test_a_scaled_loss_in_float16_keeps_its_small_gradients(self, triton_backend: torch.device) -> None:
+        check_scaled(self.of, self.case(triton_backend, (1, 1, 40, 16, 16), torch.float16, None))
+
+    def test_a_kept_graph_gives_the_same_gradients_again(self, triton_backend: torch.device) -> None:
+        check_again(self.of, self.case(triton_backend, (2, 2, 9, 8, 4)))
 
     def test_opcheck(self, triton_backend: torch.device) -> None:
         case = self.case(triton_backend, (2, 2, 4, 3, 5))

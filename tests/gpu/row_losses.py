@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import pytest
@@ -14,6 +15,30 @@ from sparsebert.ops._backend import OPS
 
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_scaled(of: Any, case: Case) -> None:
+    """As automatic mixed precision trains: the loss is scaled up, as float16 could not hold its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    near = [t + torch.randn(t.shape, generator=generator).to(t) / 256 for t in case.teacher]
+    case = Case([s.requires_grad_() for s in near], case.teacher, case.mask)
+    wide = case.cast(torch.float64)
+    truth = torch.autograd.grad(of.plain(wide), wide.student)
+    scale = 2.0 ** round(-math.log2(max(g.abs().max().item() for g in truth)))
+    loss = of.loss(case)
+    for result, exact in zip(torch.autograd.grad(loss * scale, case.student), truth, strict=True):
+        assert (result.double() - scale * exact).norm() <= 0.01 * (scale * exact).norm()
+
+
+def check_again(of: Any, case: Case) -> None:
+    """The backward scales in place where nobody comes back, and only there."""
+    loss = 3.0 * of.loss(case)
+    first, second = (torch.autograd.grad(loss, case.student, retain_graph=True) for _ in range(2))
+    kept = [g.clone() for g in first]
+    last = torch.autograd.grad(loss, case.student)
+    for gradients in (first, second, last):
+        for one, other in zip(gradients, kept, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0.0)
 
 
 class RowPromises:
@@ -124,6 +149,12 @@ class RowPromises:
             with torch.no_grad():
                 getattr(case, side)[0].view(-1)[3] = float("nan")
             assert not self.of.run(case)[0].isfinite()
+
+    def test_a_scaled_loss_in_float16_keeps_its_small_gradients(self, triton_backend: torch.device) -> None:
+        check_scaled(self.of, self.case(triton_backend, self.sizes[-1], torch.float16))
+
+    def test_a_kept_graph_gives_the_same_gradients_again(self, triton_backend: torch.device) -> None:
+        check_again(self.of, self.case(triton_backend, self.small))
 
     def test_opcheck(self, triton_backend: torch.device) -> None:
         case = self.case(triton_backend, self.small)

@@ -134,14 +134,43 @@ def test_the_same_bits_every_time(
     assert all(torch.equal(a, b) for a, b in zip(first, everything(case, operands), strict=True))
 
 
-def test_a_sequence_longer_than_the_lists_is_not_made_up(triton_backend: torch.device) -> None:
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_sequence_longer_than_the_lists_is_not_made_up(triton_backend: torch.device, blocks: int) -> None:
     """A GPU does not wait to see it: the rows that nobody computes are NaN."""
     case = Case(lengths=(40, 40), heads=1, block=(16, 16), density=1.0, partial=0.0, device=triton_backend)
-    case.lists = BlockLists.from_block_map(torch.ones(1, 1, 1, 1, dtype=torch.bool), (16, 16)).to(triton_backend)
+    whole = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
+    case.lists = BlockLists.from_block_map(whole, (16, 16)).to(triton_backend)
     out, lse, *gradients = everything(case, [case.q, case.k, case.v, case.above])
-    rows = torch.arange(80, device=triton_backend) % 40 >= 16
+    rows = torch.arange(80, device=triton_backend) % 40 >= 16 * blocks
     for x in (out, lse.T[..., None], *gradients):
         assert bool(x[rows].isnan().all()) and not bool(x[~rows].isnan().any())
+
+
+def test_starts_that_leave_the_tokens_are_not_followed(triton_backend: torch.device) -> None:
+    """A GPU does not wait to refuse them: what lies before and behind the operands, here NaN, is not touched."""
+    case = Case(lengths=(20, 20), heads=1, block=(16, 16), density=1.0, partial=0.0, device=triton_backend)
+    case.lists = BlockLists.from_block_map(torch.ones(1, 1, 4, 4, dtype=torch.bool), (16, 16)).to(triton_backend)
+    clean = everything(case, [case.q, case.k, case.v, case.above])
+    around = []
+    for x in (case.q, case.k, case.v, case.above):
+        wider = torch.full((40 + 128, *x.shape[1:]), float("nan"), dtype=x.dtype, device=x.device)
+        around.append(wider.narrow(0, 64, 40).copy_(x))
+    case.cu_seqlens = torch.tensor([-30, 20, 60], dtype=torch.int32, device=triton_backend)
+    assert all(torch.equal(a, b) for a, b in zip(clean, everything(case, around), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_lists_first_used_in_a_cuda_graph_serve_beside_it(triton_backend: torch.device) -> None:
+    """What the graph is to compute of them is not taken for computed before it has run."""
+    case = Case(device=triton_backend)
+    expected = case.run(case.q, case.k, case.v)[0]
+    case = Case(device=triton_backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.run(case.q, case.k, case.v)[0]
+    assert torch.equal(case.run(case.q, case.k, case.v)[0], expected)
+    graph.replay()
+    assert torch.equal(captured, expected)
 
 
 def test_order_changes_nothing(triton_backend: torch.device) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,8 @@ from sparsebert.formats import Blocks
 from sparsebert.ops import block_sparse_sddmm
 
 pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(
@@ -115,3 +121,18 @@ def test_parts_of_the_tokens_cover_them() -> None:
                 tile = tiles((64, 64), (3072, 768), blocks, m, dtype, 90, 132)
                 assert tile.splits * tile.share(m) >= m and tile.share(m) % tile.depth == 0
                 assert tile.splits == 1 or m // tile.splits >= 512
+
+
+def test_wide_blocks_are_loaded_wide() -> None:
+    """Only 16 bytes at a time are copied past the registers: three stages of both operands lie in shared memory."""
+    script = (
+        "from benchmarks.compiled import _compile\n"
+        "from sparsebert.kernels.block_sparse_sddmm import specimens\n"
+        "wide = [s for s in specimens() if s.label.startswith('bf16 128x128') and s.least == 90]\n"
+        "print([_compile(s, 90)['shared'] for s in wide[:1]])"
+    )
+    # A process of its own: in this one the kernels may be the interpreter's.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.stdout.strip() == f"[{3 * (128 + 128) * 64 * 2}]", done.stderr

@@ -56,6 +56,13 @@ def test_the_op_asks_cublas_for_what_is_small(triton_backend: torch.device) -> N
     assert dense_linear(x[:0], weight, bias).shape == (0, 16)
 
 
+def test_the_layer_knows_whom_the_op_asks() -> None:
+    from sparsebert.kernels.dense_linear import MANY
+    from sparsebert.nn.sparse_linear import GPU_FEW_ROWS
+
+    assert GPU_FEW_ROWS == MANY
+
+
 def test_who_multiplies_and_what_it_costs() -> None:
     from sparsebert.kernels.dense_linear import by_triton, cost, tiles
 

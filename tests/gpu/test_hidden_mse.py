@@ -35,6 +35,19 @@ def test_all_layers_are_one_launch() -> None:
     assert cost(33, 64, 768, masked=False).launches == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_is_scaled_where_it_lies(triton_backend: torch.device, dtype: torch.dtype) -> None:
+    from sparsebert.kernels._losses import scale_
+
+    for size in (0, 1, 4096, 5000):
+        memory = torch.randn(size + 8, device=triton_backend).to(dtype)
+        for factor in (1.0, -0.3):
+            by, expected = torch.tensor(factor, device=triton_backend), memory.clone()
+            expected[3 : 3 + size] = (expected[3 : 3 + size].float() * by).to(dtype)
+            scale_(memory[3 : 3 + size], by)
+            torch.testing.assert_close(memory, expected, rtol=torch.finfo(dtype).eps, atol=0.0)
+
+
 @pytest.mark.parametrize("name", ["hidden_mse", "hidden_cosine"])
 def test_a_pointer_of_a_tuple_is_that_layers(triton_backend: torch.device, name: str) -> None:
     from sparsebert import ops

@@ -143,6 +143,10 @@ def test_cusparselt_packs_once_a_weight_and_searches_once_a_shape(
     assert fake.searched == 2 and fake.packed == 1
 
 
+def packed_at(fake: CuSparseLt) -> list[int]:
+    return [entry[3].data_ptr() for entry in fake.kernel._weights.values()]
+
+
 def test_a_weight_that_changes_or_goes_is_packed_anew(
     triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,10 +156,18 @@ def test_a_weight_that_changes_or_goes_is_packed_anew(
     stored.values.mul_(2)
     check(x, stored, bias, "none")
     assert fake.packed == 2 and len(fake.kernel._weights) == 1
+    # In the same place: a captured graph reads it there.
+    place = packed_at(fake)
+    with torch.inference_mode():
+        stored.values.mul_(2)
+        check(x, stored, bias, "none")
+    stored.values.mul_(2)
+    check(x, stored, bias, "none")
+    assert fake.packed == 4 and packed_at(fake) == place
     del stored
     _, other, _ = make(triton_backend, 136, 32, 64, torch.bfloat16, seed=1)
     check(x, other, bias, "none")
-    assert fake.packed == 3 and len(fake.kernel._weights) == 1
+    assert fake.packed == 5 and len(fake.kernel._weights) == 1
     with torch.inference_mode():
         _, other, _ = make(triton_backend, 136, 32, 64, torch.bfloat16, seed=2)
         check(x, other, bias, "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
@@ -18,6 +20,9 @@ from sparsebert.nn import measure_captured as public
 from sparsebert.nn.choose import DENSE_PATHS, GPU_ROWS, _no_gpu_kernel
 from sparsebert.nn.structure import Structure, structure_of
 from sparsebert.ops._backend import OPS
+
+# The package has a function of that name.
+choosing = importlib.import_module("sparsebert.nn.choose")
 
 
 class Clock:
@@ -171,6 +176,37 @@ def test_a_kernel_that_fails_falls_back_with_one_warning(op: Callable[..., Any])
     assert torch.equal(op(x[:2], weight, None, "none"), torch.full((2, 2), 7.0))
     with pytest.raises(ValueError, match="not today"):
         op(x, weight, None, "relu")
+
+
+def test_a_candidate_whose_kernel_does_not_build_is_left_out() -> None:
+    """Triton's errors are no RuntimeErrors; an error of another kind is no candidate's fault."""
+    triton = pytest.importorskip("triton")
+
+    def too_large() -> None:
+        raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    def other() -> None:
+        raise KeyError("rows")
+
+    assert "out of resource: shared memory" in str(choosing._trial(too_large, False))
+    with pytest.raises(KeyError):
+        choosing._trial(other, False)
+
+
+def test_what_is_measured_runs_on_the_weights_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        with choosing._plain_torch(device, True):
+            assert torch.is_grad_enabled()
+    assert entered == [torch.device("cuda", 1)]
 
 
 def test_where_it_was_forced_it_raises(op: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
