@@ -344,8 +344,10 @@ SB_HOST_DEVICE void bitmap_write_tile(
 // The values of a tile out of a dense matrix, by one warp; `values` as `weight.nnz` and its starts say.
 template <typename Warp>
 SB_HOST_DEVICE void bitmap_read_tile(
-    Warp& warp, const BitmapWeight& weight, int64_t tile, const uint16_t* dense, bool wide, uint16_t* values) {
+    Warp& warp, const BitmapWeight& weight, BitmapStage& stage, int64_t tile, const uint16_t* dense, bool wide,
+    uint16_t* values) {
   const int64_t begin = weight.start(tile), cols = weight.col_tiles();
+  const int64_t count = at_most(weight.start(tile + 1) - begin, kBitmapMost);
   warp.lanes([&](int64_t lane, auto& own) {
     own.bits = global(weight.bits)[tile * kBitmapLanes + lane];
 #pragma unroll
@@ -360,15 +362,20 @@ SB_HOST_DEVICE void bitmap_read_tile(
     }
   });
   warp.count_before();
+  // By way of shared memory: a lane's values lie far from those of the next.
   warp.lanes([&](int64_t, auto& own) {
-    int64_t at = begin + own.before;
+    uint16_t* to = stage.values + own.before;
 #pragma unroll
     for (int bit = 0; bit < 32; ++bit) {
-      if (((own.bits >> bit) & 1u) != 0 && at < weight.nnz) {
-        global(values)[at++] = static_cast<uint16_t>(own.words[bit / 2] >> (16 * (bit % 2)));
-      }
+      if (((own.bits >> bit) & 1u) != 0) *to++ = static_cast<uint16_t>(own.words[bit / 2] >> (16 * (bit % 2)));
     }
   });
+  warp.meet();
+  warp.lanes([&](int64_t lane, auto&) {
+    for (int64_t i = lane; i < count; i += kBitmapLanes) global(values)[begin + i] = stage.values[i];
+  });
+  // The stage is free again once all have read it.
+  warp.meet();
 }
 
 }  // namespace sparsebert

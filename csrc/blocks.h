@@ -45,24 +45,30 @@ struct PrefixSums {
   static constexpr int64_t kMostThreads = 1024;
   static constexpr int64_t kGroup = 32;
 
-  uint64_t each[kMostThreads];
+  // A gap after every group: the threads that add up the groups then read from different banks.
+  uint64_t each[kMostThreads + kMostThreads / kGroup];
   uint64_t group[kMostThreads / kGroup];
 
-  // The step after every thread wrote `each`.
+  SB_HOST_DEVICE static int64_t place(int64_t thread) { return thread + thread / kGroup; }
+  SB_HOST_DEVICE void put(int64_t thread, uint64_t value) { each[place(thread)] = value; }
+  // The step after every thread put its value: from here on `each` is a sum from the group's first thread on.
   SB_HOST_DEVICE void add_groups(int64_t thread, int64_t threads) {
     const int64_t first = thread * kGroup;
     if (first >= threads) return;
-    uint64_t sum = 0;
-    for (int64_t i = first; i < first + kGroup && i < threads; ++i) sum += each[i];
+    uint64_t sum = 0, *own = each + place(first);
+#pragma unroll 8
+    for (int64_t i = 0; i < kGroup; ++i) {
+      if (first + i < threads) own[i] = sum += own[i];
+    }
     group[thread] = sum;
   }
-  // The step after that: the sum of `each` over the threads before this one.
-  SB_HOST_DEVICE uint64_t before(int64_t thread) const {
-    uint64_t sum = 0;
+  // The step after that: the sum of what the threads up to this one put.
+  SB_HOST_DEVICE uint64_t through(int64_t thread) const {
+    uint64_t sum = each[place(thread)];
     for (int64_t i = 0; i < thread / kGroup; ++i) sum += group[i];
-    for (int64_t i = thread / kGroup * kGroup; i < thread; ++i) sum += each[i];
     return sum;
   }
+  SB_HOST_DEVICE uint64_t before(int64_t thread) const { return thread == 0 ? 0 : through(thread - 1); }
   SB_HOST_DEVICE uint64_t total(int64_t threads) const {
     uint64_t sum = 0;
     for (int64_t i = 0; i * kGroup < threads; ++i) sum += group[i];

@@ -154,7 +154,7 @@ inline void emulate_bitmap_tiles(
     HostBitmapWarp<1> warp(backwards);
     std::vector<BitmapStage> stage = poisoned_stages(1);
     if (values == nullptr) bitmap_write_tile(warp, weight, stage[0], tile, dense, wide);
-    else bitmap_read_tile(warp, weight, tile, dense, wide, values);
+    else bitmap_read_tile(warp, weight, stage[0], tile, dense, wide, values);
   }
 }
 

@@ -146,9 +146,20 @@ SB_HOST_DEVICE void tally(Block& block, const SelectJob& job) {
   block.threads([&](int64_t thread) {
     const uint32_t prefix = s.prefix;
     if (s.from_cache) {
-      for (int64_t i = thread; i < s.cached; i += block.size) {
-        const uint32_t key = block.keys[i];
-        if (Digit<R>::follows(key, prefix)) atomic_add(&s.bins[Digit<R>::of(key)], 1u);
+      // Several at a time, whose loads need not wait for the counting of those before.
+      constexpr int kTogether = 4;
+      const int64_t cached = s.cached;
+      for (int64_t first = thread; first < cached; first += kTogether * block.size) {
+        uint32_t key[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          const int64_t i = first + j * block.size;
+          key[j] = i < cached ? block.keys[i] : kNoKey;
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          if (Digit<R>::follows(key[j], prefix)) atomic_add(&s.bins[Digit<R>::of(key[j])], 1u);
+        }
       }
       return;
     }
@@ -194,21 +205,33 @@ SB_HOST_DEVICE void find_digit(Block& block, const SelectJob& job) {
   const int64_t each = (Digit<R>::kBins + block.size - 1) / block.size;
   block.threads([&](int64_t thread) {
     uint64_t sum = 0;
-    for (int64_t bin = thread * each; bin < (thread + 1) * each && bin < Digit<R>::kBins; ++bin) sum += bins[bin];
-    s.sums.each[thread] = sum;
+#pragma unroll
+    for (int64_t j = 0; j < each; ++j) sum += thread * each + j < Digit<R>::kBins ? bins[thread * each + j] : 0;
+    s.sums.put(thread, sum);
   });
   block.threads([&](int64_t thread) { s.sums.add_groups(thread, block.size); });
   block.threads([&](int64_t thread) {
     const uint64_t rank = s.rank;
     uint64_t below = s.sums.before(thread);
-    if (rank <= below || rank > below + s.sums.each[thread]) return;
-    // One thread gets here.
-    int64_t bin = thread * each;
-    while (rank > below + bins[bin]) below += bins[bin++];
-    s.seen = below;
-    s.equal = bins[bin];
-    s.own = s.bins[bin];
-    s.next_prefix = (s.prefix << Digit<R>::kBits) | static_cast<uint32_t>(bin);
+    if (rank <= below || rank > s.sums.through(thread)) return;
+    // One thread gets here; the bin is the last one with fewer below it. All are loaded before one is looked at.
+    int64_t found = thread * each;
+    uint64_t seen = below, equal = 0;
+#pragma unroll
+    for (int64_t j = 0; j < each; ++j) {
+      const int64_t bin = thread * each + j;
+      const uint64_t count = bin < Digit<R>::kBins ? bins[bin] : 0;
+      if (rank > below) {
+        found = bin;
+        seen = below;
+        equal = count;
+      }
+      below += count;
+    }
+    s.seen = seen;
+    s.equal = equal;
+    s.own = s.bins[found];
+    s.next_prefix = (s.prefix << Digit<R>::kBits) | static_cast<uint32_t>(found);
   });
   block.threads([&](int64_t thread) {
     if (thread != 0) return;
@@ -237,7 +260,7 @@ SB_HOST_DEVICE void settle_ties(Block& block, const SelectJob& job) {
   block.threads([&](int64_t thread) {
     uint64_t sum = 0;
     for (int64_t other = thread; other < block.id; other += block.size) sum += job.scratch->equals[other];
-    s.sums.each[thread] = sum;
+    s.sums.put(thread, sum);
   });
   block.threads([&](int64_t thread) { s.sums.add_groups(thread, block.size); });
   block.threads([&](int64_t thread) {
@@ -294,7 +317,7 @@ SB_HOST_DEVICE void write_bits_in_order(Block& block, const SelectJob& job) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) equal += keys.key[j] == s.limit ? 1 : 0;
       });
-      s.sums.each[thread] = equal;
+      s.sums.put(thread, equal);
     });
     block.threads([&](int64_t thread) { s.sums.add_groups(thread, block.size); });
     block.threads([&](int64_t thread) {

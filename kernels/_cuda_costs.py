@@ -7,7 +7,7 @@ from sparsebert.kernels._cost import Cost
 __all__ = ["SELECT_SHARED", "nm_mask", "score_passes", "select_mask", "split_weight_grad", "threshold_mask"]
 
 # Bytes of a block's shared memory that hold histograms and sums; the rest of it holds keys.
-SELECT_SHARED = 24896
+SELECT_SHARED = 25152
 # Rows that a tile of split_weight_grad adds up, and its columns.
 SEGMENT, TILE_COLS = 32, 256
 # An H100's, as an H200's.
@@ -17,7 +17,7 @@ PROCESSORS, SHARED, CACHE = 132, 227 * 1024, 50 * 2**20
 def score_passes(
     scores: int, *, same_digit: float = 0.04, processors: int = PROCESSORS, shared: int = SHARED, cache: int = CACHE
 ) -> int:
-    """How often `select_mask` reads each score from device memory: 1, 3 or 4 times.
+    """How often `select_mask` reads each score from device memory: 1 to 4 times.
 
     Three rounds find the rank and a pass packs the bits. A round reads shared memory where that holds all keys left,
     and the second-level cache where that holds all scores.
@@ -46,7 +46,7 @@ def select_mask(
 ) -> Cost:
     """One `select_mask` over `scores` scores in all; `weight_bytes=0` where no W·mask is written.
 
-    The scratch of 57 KiB and, for several weights to a score, the bits read again stay in the second-level cache.
+    The scratch of 56 KiB and, for several weights to a score, the bits read again stay in the second-level cache.
     """
     passes = score_passes(scores, same_digit=same_digit)
     return _masks(scores, passes, weights_per_score, weight_bytes, out_bytes, tensors)

@@ -124,7 +124,11 @@ std::tuple<Tensor, Tensor> split_weight_grad(
   Tensor weight_grad = own_weight    ? product
                        : need_weight ? empty({weight.size(0), weight.size(1)}, weight.scalar_type())
                                      : empty({0}, weight.scalar_type());
-  if (weight.numel() == 0) return {score_grad, weight_grad};
+  if (weight.numel() == 0) {
+    // Cells of nothing.
+    if (score_grad.numel() != 0) std::fill_n(data<float>(score_grad), score_grad.numel(), 0.0f);
+    return {score_grad, weight_grad};
+  }
   Split split{grid,
               dtype_of(product, "product"),
               dtype_of(weight, "weight"),

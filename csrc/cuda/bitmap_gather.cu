@@ -11,10 +11,11 @@ constexpr int kThreads = 32 * kBitmapWarps;
 
 __global__ void __launch_bounds__(kThreads) gather_kernel(
     const __grid_constant__ BitmapWeight weight, const uint16_t* dense, bool wide, uint16_t* values) {
+  __shared__ BitmapStage stages[kBitmapWarps];
   DeviceBitmapWarp<1, Float::bf16> warp(threadIdx.x % 32);
   const int64_t number = threadIdx.x / 32, step = static_cast<int64_t>(gridDim.x) * kBitmapWarps;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kBitmapWarps + number; tile < weight.tiles(); tile += step) {
-    bitmap_read_tile(warp, weight, tile, dense, wide, values);
+    bitmap_read_tile(warp, weight, stages[number], tile, dense, wide, values);
   }
 }
 

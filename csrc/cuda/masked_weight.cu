@@ -1,25 +1,13 @@
 // W·mask on the GPU: where(kept, weight, 0), cast on the way. Bound by memory: each thread moves 16 bytes of the wider
 // of the two dtypes at a time, and the bits (1/32 of an fp32 weight) come from L1.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <vector>
 
-#include "grid.h"
+#include "launch.cuh"
 
 namespace sparsebert {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 
@@ -59,27 +47,23 @@ struct alignas(sizeof(T) * N) Pack {
 };
 
 // N consecutive weights of one row to a thread. One bit to a weight (kElementwise, not worth a
-// second body where N is 1) needs no division.
+// second body where N is 1) needs no division: a byte holds the bits of all N.
 template <typename In, typename Out, int N, bool kElementwise>
 __global__ void __launch_bounds__(kThreads)
     masked_weight_kernel(const In* weight, const uint8_t* bits, Grid grid, int64_t total, Out* out) {
+  static_assert(kUnit % N == 0);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * N;
-  const int64_t cols = grid.matrix_cols();
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N; i < total; i += stride) {
     const Pack<In, N> in = *reinterpret_cast<const Pack<In, N>*>(weight + i);
+    const uint32_t kept = kElementwise ? bits[i / kUnit] >> (i % kUnit) : kept_of_matrix(bits, grid, i, N);
     Pack<Out, N> result;
-    const int64_t row = kElementwise ? 0 : i / cols;
-    const int64_t col = i - row * cols;
 #pragma unroll
     for (int lane = 0; lane < N; ++lane) {
-      const bool kept = is_kept(bits, kElementwise ? i + lane : grid.cell(row, col + lane));
-      result.lane[lane] = kept ? from_float<Out>(to_float(in.lane[lane])) : from_float<Out>(0.0f);
+      result.lane[lane] = from_float<Out>(((kept >> lane) & 1u) != 0 ? to_float(in.lane[lane]) : 0.0f);
     }
     *reinterpret_cast<Pack<Out, N>*>(out + i) = result;
   }
 }
-
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 template <typename In, typename Out, int N>
 void launch_lanes(
@@ -101,8 +85,8 @@ void launch_lanes(
 template <typename In, typename Out>
 void launch(const Tensor& weight, const Tensor& bits, const Grid& grid, const Tensor& out, cudaStream_t stream) {
   constexpr int kLanes = 16 / std::max(sizeof(In), sizeof(Out));
-  const bool wide = grid.matrix_cols() % kLanes == 0 && aligned(weight.const_data_ptr(), sizeof(In) * kLanes) &&
-                    aligned(out.const_data_ptr(), sizeof(Out) * kLanes);
+  const bool wide =
+      grid.matrix_cols() % kLanes == 0 && aligned(weight.const_data_ptr()) && aligned(out.const_data_ptr());
   if (wide) launch_lanes<In, Out, kLanes>(weight, bits, grid, out, stream);
   else launch_lanes<In, Out, 1>(weight, bits, grid, out, stream);
 }
@@ -116,35 +100,21 @@ void with_type(ScalarType dtype, const char* name, F&& f) {
 }
 
 void masked_weight(Tensor weight, Tensor bits, std::vector<int64_t> cells, Tensor out) {
-  STD_TORCH_CHECK(weight.is_cuda() && bits.is_cuda() && out.is_cuda(), "weight, bits, out: expected CUDA tensors");
+  check_cuda(weight, weight, "weight");
+  check_cuda(out, weight, "out");
+  STD_TORCH_CHECK(cells.size() == 2, "grid: expected two sizes, got ", cells.size());
+  const Grid grid = grid_on(weight, cells[0], cells[1]);
   STD_TORCH_CHECK(
-      bits.get_device_index() == weight.get_device_index() && out.get_device_index() == weight.get_device_index(),
-      "bits, out: expected on weight's device");
-  STD_TORCH_CHECK(
-      weight.is_contiguous() && bits.is_contiguous() && out.is_contiguous(), "expected contiguous tensors");
-  STD_TORCH_CHECK(weight.dim() == 2 && cells.size() == 2, "weight: expected [N, K], and two sizes in grid");
-  const int64_t n = weight.size(0), k = weight.size(1);
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n && out.size(1) == k, "out: expected the shape of weight");
+      out.dim() == 2 && out.size(0) == weight.size(0) && out.size(1) == weight.size(1),
+      "out: expected the shape of weight");
+  check_bits(bits, weight, grid.rows * grid.cols);
   if (weight.numel() == 0) return;
-  STD_TORCH_CHECK(
-      cells[0] > 0 && cells[1] > 0 && n % cells[0] == 0 && k % cells[1] == 0, "grid: [", cells[0], ", ", cells[1],
-      "] does not divide [", n, ", ", k, "]");
-  const Grid grid{cells[0], cells[1], n / cells[0], k / cells[1]};
-  STD_TORCH_CHECK(
-      bits.scalar_type() == ScalarType::Byte && bits.numel() == bytes_for(grid.rows * grid.cols), "bits: expected uint8 [",
-      bytes_for(grid.rows * grid.cols), "]");
-  const int32_t device = weight.get_device_index();
-  int current = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&current));
-  if (current != device) STD_CUDA_CHECK(cudaSetDevice(device));
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const OnDevice device(weight);
   with_type(weight.scalar_type(), "weight", [&](auto in) {
     with_type(out.scalar_type(), "out", [&](auto result) {
-      launch<decltype(in), decltype(result)>(weight, bits, grid, out, static_cast<cudaStream_t>(stream));
+      launch<decltype(in), decltype(result)>(weight, bits, grid, out, device.stream());
     });
   });
-  if (current != device) STD_CUDA_CHECK(cudaSetDevice(current));
 }
 
 }  // namespace

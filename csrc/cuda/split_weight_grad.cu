@@ -78,6 +78,11 @@ std::tuple<Tensor, Tensor> split_weight_grad(
       empty_like(weight, need_scores ? std::vector<int64_t>{grid.rows, grid.cols} : none, ScalarType::Float);
   Tensor weight_grad = empty_like(
       weight, need_weight ? std::vector<int64_t>{weight.size(0), weight.size(1)} : none, weight.scalar_type());
+  if (weight.numel() == 0 && score_grad.numel() != 0) {
+    // Cells of nothing.
+    STD_CUDA_CHECK(cudaMemsetAsync(
+        score_grad.mutable_data_ptr(), 0, static_cast<size_t>(score_grad.numel()) * sizeof(float), device.stream()));
+  }
   if (weight.numel() == 0 || !(need_scores || need_weight)) return {score_grad, weight_grad};
   job.product = product.const_data_ptr();
   job.weight = weight.const_data_ptr();

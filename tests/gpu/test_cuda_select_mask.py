@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sparsebert import _load
-from sparsebert.ops import nm_mask, select_mask, split_weight_grad, threshold_mask
+from sparsebert.ops import masked_weight, nm_mask, select_mask, threshold_mask
 from sparsebert.ops.bits import bytes_for, pack_bits, unpack_bits
+from sparsebert.ops.masked_weight import masked_weight_reference
 from sparsebert.ops.nm_mask import nm_mask_reference
 from sparsebert.ops.select_mask import select_mask_reference, threshold_mask_reference
-from sparsebert.ops.split_weight_grad import split_weight_grad_reference
+from sparsebert.ops.split_weight_grad import split_weight_grad, split_weight_grad_reference
 
 INF, NAN = float("inf"), float("nan")
 CUDA = torch.device("cuda")
@@ -164,6 +165,33 @@ def test_split(grid: tuple[int, int], product_dtype: torch.dtype, weight_dtype: 
     assert ((scores.double() - exact).abs() <= 1e-6 * terms).all()
     alone = split_weight_grad(product, weight, None, grid, need_weight=False)
     assert torch.equal(alone[0], scores) and alone[1].numel() == 0
+
+
+def test_split_of_a_matrix_without_rows() -> None:
+    empty = torch.empty(0, 512, device=CUDA)
+    bits = pack_bits(torch.ones(2, 16, dtype=torch.bool, device=CUDA))
+    # Freed at once: what the allocator gives again holds NaN.
+    torch.full((2, 16), NAN, device=CUDA)
+    scores, dense = split_weight_grad(empty, empty, bits, (2, 16))
+    assert torch.equal(scores, torch.zeros(2, 16, device=CUDA)) and dense.shape == (0, 512)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [(96, 120), (6, 4), (96, 1), (1, 120), (12, 40), (1, 1)])
+@pytest.mark.parametrize("skip", [0, 1])
+def test_masked_weight(grid: tuple[int, int], weight_dtype: torch.dtype, out_dtype: torch.dtype, skip: int) -> None:
+    # With `skip` no vector of 16 bytes is aligned.
+    room = torch.randn(96 * 120 + skip, device=CUDA).to(weight_dtype)
+    weight = room[skip:].view(96, 120)
+    kept = torch.rand(grid, device=CUDA) < 0.5
+    bits = pack_bits(kept)
+    weight[~kept.repeat_interleave(96 // grid[0], 0).repeat_interleave(120 // grid[1], 1)] = NAN
+    exact = torch.empty(96, 120, dtype=out_dtype, device=CUDA)
+    masked_weight_reference(weight, bits, grid, exact)
+    assert torch.equal(masked_weight(weight, bits, grid, dtype=out_dtype), exact)
+    if weight_dtype == out_dtype:
+        assert torch.equal(masked_weight(weight, bits, grid, out=weight), exact)
 
 
 def test_more_than_two_to_the_31() -> None:

@@ -68,6 +68,15 @@ def test_threads_and_repeats_give_the_same_bits(threads: Callable[[int], None], 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_cells_of_a_matrix_without_rows_have_gradient_0(backend: str) -> None:
+    empty, bits = torch.empty(0, 512), pack_bits(torch.ones(2, 16, dtype=torch.bool))
+    for _ in range(20):
+        # Freed at once: what the allocator gives again holds NaN.
+        torch.full((2, 16), torch.nan)
+        scores, dense = split_weight_grad(empty, empty, bits, (2, 16))
+        assert torch.equal(scores, torch.zeros(2, 16)) and dense.shape == (0, 512)
+
+
 def test_float64_goes_to_the_reference() -> None:
     product, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     scores, _ = split_weight_grad(product, weight, None, (2, 3), need_weight=False)
