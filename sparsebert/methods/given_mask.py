@@ -85,10 +85,8 @@ def _check_parts(
 ) -> None:
     mine = {view.matrix.name for group in groups for view in group.views}
     if mine != set(masks):
-        theirs = _parts(known[name] for name in masks)
-        raise UserError(
-            f"mask {run}: masks {theirs}, this run {_parts(known[name] for name in mine)}; add --masked {theirs}"
-        )
+        theirs, ours = (_parts(known[name] for name in known if name in names) for names in (masks, mine))
+        raise UserError(f"mask {run}: masks {theirs}, this run {ours}; add --masked {theirs}")
 
 
 def _parts(matrices: Iterable[Matrix]) -> str:
