@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsebert._openvino import compile_for_cpu
 from sparsebert.nn import SparseLinear
 from sparsebert.training.hardware import has_native_bf16
 
@@ -66,7 +67,7 @@ def _openvino(linear: torch.nn.Linear, x: Tensor, precision: str) -> Call:
     product = op.matmul(entry, op.constant(linear.weight.numpy()), False, True)
     model = ov.Model([op.add(product, op.constant(linear.bias.numpy()))], [entry])
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = ov.Core().compile_model(model, "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
+    compiled = compile_for_cpu(model, {**options, "PERFORMANCE_HINT": "LATENCY"})
     request = compiled.create_infer_request()
     request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
     return request.infer

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 import sparsebert
+from sparsebert._openvino import compile_for_cpu
 from sparsebert.models.padding_free import padding_free
 from sparsebert.ops import add_layer_norm, varlen_attention
 
@@ -74,7 +75,7 @@ def openvino(weights: dict[str, Tensor], inputs: dict[str, Tensor], precision: s
     model.config.return_dict = False
     example = {name: tensor.clone() for name, tensor in inputs.items()}
     hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = ov.compile_model(ov.convert_model(model, example_input=example), "CPU", hints)
+    compiled = compile_for_cpu(ov.convert_model(model, example_input=example), hints)
     request, arrays = compiled.create_infer_request(), {name: tensor.numpy() for name, tensor in inputs.items()}
 
     def run() -> Tensor:

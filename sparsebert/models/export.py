@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsebert._openvino import compile_for_cpu
 from sparsebert.errors import UserError, unknown
 from sparsebert.models.load import load_base, max_tokens
 from sparsebert.models.per_layer import remove_structure
@@ -242,7 +243,7 @@ def _openvino(folder: Path, model: TaskModel, tokenizer: Any, info: Mapping[str,
         port.get_tensor().set_names({name})
     openvino.save_model(graph, path, compress_to_fp16=False)
     labelled_config(model).save_pretrained(folder)
-    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = compile_for_cpu(path, {"INFERENCE_PRECISION_HINT": "f32"})
     usage = (
         'import openvino\n\nmodel = openvino.compile_model(FOLDER + "/openvino_model.xml", "CPU")\n'
         f"outputs = model(inputs)  # {', '.join(names)}: int64 [batch, sequence]"

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsebert._openvino import compile_for_cpu
 from sparsebert.errors import UserError, unknown
 from sparsebert.reports.subject import Readout
 from sparsebert.reports.variants import Variant
@@ -94,14 +95,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _openvino(model: Readout, inputs: dict[str, Tensor], precision: str) -> Callable[[], Tensor]:
-    import openvino as ov
+    import openvino
 
     hints = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = ov.compile_model(ov.convert_model(model, example_input=inputs), "CPU", hints)
+    compiled = compile_for_cpu(openvino.convert_model(model, example_input=inputs), hints)
     request, arrays = compiled.create_infer_request(), {name: tensor.numpy() for name, tensor in inputs.items()}
     return lambda: torch.from_numpy(request.infer(arrays)[0])
 
