@@ -35,6 +35,7 @@ __all__ = [
     "failures_raise",
     "forced_backend",
     "is_of_the_kernel",
+    "or_else",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -259,13 +260,13 @@ def failures_raise() -> Iterator[None]:
         _failures_raise -= 1
 
 
-def _or_reference(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
-    """`body`, and the reference for calls whose kernel could not be built or launched: one warning names the op."""
+def or_else(name: str, body: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """`body`, and `other` for calls whose Triton kernel could not be built or launched: one warning names it."""
 
     @functools.wraps(body)
     def run(*args: Any) -> Any:
         if name in _failed and not _must_raise() and _kind(args) in _failed[name]:
-            return getattr(getattr(torch.ops, REFERENCE), name)(*args)
+            return other(*args)
         try:
             with _on_device_of(args):
                 return body(*args)
@@ -281,7 +282,7 @@ def _or_reference(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
                     stacklevel=2,
                 )
             _failed.setdefault(name, set()).add(_kind(args))
-        return getattr(getattr(torch.ops, REFERENCE), name)(*args)
+        return other(*args)
 
     return run
 
@@ -330,5 +331,6 @@ def _triton_missing(name: str, schema: str) -> str | None:
     body = getattr(importlib.import_module(f"sparsebert.kernels.{name}"), name)
     if not hasattr(getattr(torch.ops, _NAMESPACE["triton"]), name):
         _triton_library.define(name + schema)
-        _triton_library.impl(name, _or_reference(name, body), "CPU" if _interpreted() else "CUDA")
+        served = or_else(name, body, getattr(getattr(torch.ops, REFERENCE), name))
+        _triton_library.impl(name, served, "CPU" if _interpreted() else "CUDA")
     return None

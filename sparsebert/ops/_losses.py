@@ -6,13 +6,14 @@ and products, so the backward has only to scale it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsebert.ops._backend import constant_result, forced_backend
+from sparsebert.ops._backend import constant_result, forced_backend, or_else
 
 __all__ = [
     "LOSS_DTYPES",
@@ -112,8 +113,9 @@ def scaled(gradient: Tensor, grad_loss: Tensor | None, dtype: torch.dtype) -> Te
         # Only on the CPU is reading the number free of a wait.
         if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
             return gradient.to(dtype)
-        if grad_loss.is_cuda and gradient.dtype == dtype and not _graph_is_kept():
-            return _scaled_in_place(gradient, grad_loss)
+        by_kernel = grad_loss.is_cuda and forced_backend() in (None, "triton")
+        if by_kernel and gradient.dtype == dtype and not _graph_is_kept():
+            return _in_place()(gradient, grad_loss)
     return (gradient * grad_loss).to(dtype)
 
 
@@ -123,14 +125,14 @@ def _graph_is_kept() -> bool:
     return asked is None or bool(asked())
 
 
-def _scaled_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient` times `factor` where it lies: a pass less over memory than a copy where the factor is 1."""
+@functools.cache
+def _in_place() -> Callable[[Tensor, Tensor], Tensor]:
+    """A gradient times a factor where it lies: a pass less over memory than a copy where the factor is 1."""
     try:
         from sparsebert.kernels._losses import scale_
     except ImportError:
-        return gradient * factor
-    with torch.cuda.device(gradient.device):
-        return scale_(gradient, factor)
+        return torch.mul
+    return or_else("the scaling of a loss's gradient", scale_, torch.mul)
 
 
 def keep_gradients(ctx: Any, gradients: Sequence[Tensor], student: Tensor) -> None:

@@ -13,7 +13,7 @@ from sparsebert.ops._losses import served
 __all__ = ["add_layer_norm", "add_layer_norm_reference"]
 
 WIDEST = 8192
-"""Rows that the GPU's kernel takes; wider ones go to the reference there."""
+"""The longest rows, in entries, that the GPU's kernel takes; longer ones go to the reference there."""
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:

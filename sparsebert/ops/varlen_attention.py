@@ -17,7 +17,7 @@ from sparsebert.ops.masked_linear import full_precision
 __all__ = ["varlen_attention", "varlen_attention_backward_reference", "varlen_attention_reference"]
 
 WIDEST = 128
-"""Heads that the GPU's kernel takes; wider ones go to the reference there."""
+"""The widest heads, in entries, that the GPU's kernel takes; wider ones go to the reference there."""
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None) -> Tensor:

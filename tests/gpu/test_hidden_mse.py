@@ -48,6 +48,29 @@ def test_a_gradient_is_scaled_where_it_lies(triton_backend: torch.device, dtype:
             torch.testing.assert_close(memory, expected, rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
+def test_a_scaling_that_fails_is_done_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsebert.kernels import _losses as kernels
+    from sparsebert.ops import _backend, _losses
+
+    def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of resource")
+
+    monkeypatch.delenv("SPARSEBERT_BACKEND", raising=False)
+    monkeypatch.setattr(kernels, "scale_", scale_)
+    monkeypatch.setattr(_backend, "_failed", {})
+    _losses._in_place.cache_clear()
+    try:
+        by = torch.tensor(3.0)
+        with pytest.warns(RuntimeWarning, match="gradient: its Triton kernel could not be built or launched"):
+            assert _losses._in_place()(torch.ones(2), by).tolist() == [3.0, 3.0]
+        assert _losses._in_place()(torch.ones(2), by).tolist() == [3.0, 3.0]
+        monkeypatch.setenv("SPARSEBERT_BACKEND", "triton")
+        with pytest.raises(RuntimeError, match="out of resource"):
+            _losses._in_place()(torch.ones(2), by)
+    finally:
+        _losses._in_place.cache_clear()
+
+
 @pytest.mark.parametrize("name", ["hidden_mse", "hidden_cosine"])
 def test_a_pointer_of_a_tuple_is_that_layers(triton_backend: torch.device, name: str) -> None:
     from sparsebert import ops

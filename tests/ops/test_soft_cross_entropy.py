@@ -87,7 +87,8 @@ def test_huge_and_far_apart_logits(isa: str, within: Within, classes: int, shift
     exact = student.detach().double().requires_grad_()
     truth = -(F.softmax(teacher.double(), -1) * F.log_softmax(exact, -1)).sum(-1).mean()
     (true_gradient,) = torch.autograd.grad(truth, exact)
-    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=0)
+    # Where both put all on one class, the loss is next to 0 and its roundings are not.
+    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
     within(gradient, true_gradient.float(), true_gradient, 1.0, tiny=True)
 
 
