@@ -13,6 +13,7 @@
 #include "cpu/isa.h"
 #include "emulate.h"
 #include "emulate_bitmap.h"
+#include "emulate_two_four.h"
 
 namespace py = pybind11;
 
@@ -183,6 +184,37 @@ void emulate_bitmap_tiles(
   sparsebert::emulate_bitmap_tiles(weight, matrix, gathered, wide, backwards);
 }
 
+sparsebert::TwoFourShape two_four_shape(const Sizes& shape) {
+  if (shape.size() != 2 || shape[0] < 1 || shape[1] < 4 || shape[1] % 4 != 0) {
+    throw py::value_error("shape: expected [N, K], K a multiple of 4");
+  }
+  return {shape[0], shape[1]};
+}
+
+void emulate_two_four_pack(
+    const py::buffer& values, const py::buffer& positions, const py::buffer& packed, const Sizes& shape) {
+  sparsebert::TwoFourPack job{};
+  job.shape = two_four_shape(shape);
+  job.values = memory<uint16_t>(values, "values", job.shape.n * job.shape.k / 2);
+  job.positions = memory<uint8_t>(positions, "positions", job.shape.n * ((job.shape.k / 4 + 1) / 2));
+  job.packed = memory<uint8_t>(packed, "packed", job.shape.packed_bytes(), true);
+  sparsebert::emulate_two_four_pack(job);
+}
+
+void emulate_two_four_linear(
+    const py::buffer& x, const py::buffer& packed, const std::optional<py::buffer>& bias, const py::buffer& y,
+    const Sizes& shape, const std::string& activation) {
+  sparsebert::TwoFourJob job{};
+  job.shape = two_four_shape(shape);
+  if (job.shape.n % 8 != 0 || job.shape.k % 8 != 0) throw py::value_error("shape: expected multiples of 8");
+  job.m = x.request().size / job.shape.k;
+  job.packed = memory<uint8_t>(packed, "packed", job.shape.packed_bytes());
+  job.bias = bias ? memory<uint16_t>(*bias, "bias", job.shape.n) : nullptr;
+  job.y = memory<uint16_t>(y, "y", job.m * job.shape.n, true);
+  sparsebert::emulate_two_four_linear(
+      job, memory<uint16_t>(x, "x", job.m * job.shape.k), sparsebert::epilogue_of(activation));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -213,6 +245,13 @@ PYBIND11_MODULE(_host, m) {
       "emulate_bitmap_tiles", &emulate_bitmap_tiles, py::arg("values"), py::arg("bits"), py::arg("starts"),
       py::arg("dense"), py::arg("shape"), py::arg("gather"), py::arg("backwards"),
       "The CUDA bitmap_decode on buffers of 16-bit words, or bitmap_gather.");
+  m.def(
+      "emulate_two_four_pack", &emulate_two_four_pack, py::arg("values"), py::arg("positions"), py::arg("packed"),
+      py::arg("shape"), "The CUDA semi_structured_pack on buffers.");
+  m.def(
+      "emulate_two_four_linear", &emulate_two_four_linear, py::arg("x"), py::arg("packed"), py::arg("bias"),
+      py::arg("y"), py::arg("shape"), py::arg("activation"),
+      "The CUDA semi_structured_packed_linear on buffers of bfloat16 words.");
   m.def(
       "bitmap_plan",
       [](int64_t n, int64_t k, int64_t rows, int64_t processors) {

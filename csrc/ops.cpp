@@ -30,6 +30,9 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def(
       "semi_structured_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias, int[] pattern, "
       "str activation, Tensor[] transposed) -> Tensor");
+  m.def("semi_structured_pack(Tensor values, Tensor positions) -> Tensor");
+  m.def(
+      "semi_structured_packed_linear(Tensor x, Tensor packed, Tensor? bias, int[] shape, str activation) -> Tensor");
   m.def(
       "bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor starts, Tensor? bias, int[] shape, "
       "str activation) -> Tensor");

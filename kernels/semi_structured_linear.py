@@ -1,17 +1,19 @@
-"""A linear layer over n:m weights on a GPU: 2:4 by Triton for few rows of x, by cuSPARSELt for many.
+"""A linear layer over n:m weights on a GPU: 2:4 by Triton for few rows of x, by the sparse matrix units for many.
 
-Three ways, `way` picks one by the shape:
+The ways, of which `ways` names those that a shape can go:
 - "decoded": a program reads values and positions and makes the dense tile in registers. It saves 7/16 of the weight's
   traffic, which is what a layer of few rows takes; bias and activation are fused.
+- "packed": our kernel for Hopper's sparse matrix units (csrc/two_four.h), bias and activation fused.
 - "cusparselt": the sparse matrix units through torch, which write y row-major with the bias added; the activation is
-  torch's. The weight is packed once for each value it has (`_packed`), the algorithm searched once for each shape.
-- "expanded": the dense weight is made, and dense_linear.py's product: for fp32, for shapes that cuSPARSELt does not
-  take, and for every other n:m, which no unit multiplies.
+  torch's.
+- "expanded": the dense weight is made, and dense_linear.py's product: for fp32, for shapes that no unit takes, and for
+  every other n:m, which no unit multiplies.
+Where there is more than one for many rows, all are measured once for a shape, and the fastest is kept
+(_two_four_units.py).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,31 +21,27 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional as F
 
+from sparsebert.kernels import _two_four_units as units
 from sparsebert.kernels import dense_linear as dense
-from sparsebert.kernels._block_rows import activated, capability, power_above
+from sparsebert.kernels._block_rows import activated, power_above
 from sparsebert.kernels._cost import Cost
 from sparsebert.kernels._triton import Specimen, dot, triton_type
 
-__all__ = ["cost", "semi_structured_linear", "specimens", "tiles", "way"]
+__all__ = ["cost", "packed_traffic", "semi_structured_linear", "specimens", "tiles", "ways"]
 
 FEW = 128
 """Rows of x up to which a decoded tile is read more cheaply than a dense one."""
 
-# By the storage of the values: what tells whether it is still that weight, and the weight packed.
-_weights: dict[tuple[Any, ...], tuple[StorageWeakRef, StorageWeakRef, tuple[Any, ...], Tensor]] = {}
-# By shape: the algorithm, or None where cuSPARSELt failed.
-_algorithms: dict[tuple[Any, ...], int | None] = {}
 
-
-def way(m: int, n: int, k: int, dtype: torch.dtype, pattern: tuple[int, int], cusparselt: bool) -> str:
-    """How a call is computed: "decoded", "cusparselt" or "expanded"; `cusparselt`: whether torch has it."""
+def ways(m: int, n: int, k: int, dtype: torch.dtype, pattern: tuple[int, int], there: Sequence[str]) -> tuple[str, ...]:
+    """How a call may be computed; `there`: what there is here of "packed" and "cusparselt"."""
     if pattern == (2, 4) and m <= FEW:
-        return "decoded"
-    takes = pattern == (2, 4) and dtype != torch.float32 and n % 16 == 0 and k % 16 == 0
-    return "cusparselt" if takes and cusparselt else "expanded"
+        return ("decoded",)
+    if pattern != (2, 4) or dtype == torch.float32:
+        return ("expanded",)
+    of = {"packed": 8, "cusparselt": 16}
+    return (*(unit for unit in there if n % of[unit] == 0 and k % of[unit] == 0), "expanded")
 
 
 def tiles(m: int, n: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -127,14 +125,17 @@ def semi_structured_linear(
     m = x.numel() // k
     if not m:
         return x.new_empty((*x.shape[:-1], n))
-    how = way(m, n, k, x.dtype, (pattern[0], pattern[1]), _has_cusparselt(x.device))
-    if how == "decoded":
+    found = ways(m, n, k, x.dtype, (pattern[0], pattern[1]), units.there(x.device))
+    if found == ("decoded",):
         return _by_decoding(x, values, positions, bias, activation)
-    if how == "cusparselt":
-        y = _by_cusparselt(x.reshape(m, k), values, positions, bias)
-        if y is not None:
-            return dense.activate(y, activation).view(*x.shape[:-1], n)
-    return dense.dense_linear(x, _dense_weight(values, positions, pattern), bias, activation)
+
+    def expanded() -> Tensor:
+        return dense.dense_linear(x, _dense_weight(values, positions, pattern), bias, activation)
+
+    if found == ("expanded",):
+        return expanded()
+    call = units.Call(x.reshape(m, k), values, positions, bias, activation, _dense_weight)
+    return units.fastest(found, call, expanded).view(*x.shape[:-1], n)
 
 
 def _by_decoding(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -176,81 +177,6 @@ def _dense_weight(values: Tensor, positions: Tensor, pattern: Sequence[int]) -> 
     return values.new_zeros(values.shape[0], values.shape[1] // n * m).scatter_(1, column, values)
 
 
-def _has_cusparselt(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.backends.cusparselt.is_available() and capability(device) >= 80
-
-
-def _by_cusparselt(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The layer without its activation, `[M, N]`; None where cuSPARSELt fails at the shape, told once."""
-    m = len(x)
-    shape = (*values.shape, values.dtype, str(values.device), bias is not None, m.bit_length())
-    if _algorithms.get(shape, 0) is None:
-        return None
-    capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
-    try:
-        packed = _packed(values, positions, capturing)
-        # It takes rows of x by eights, those past the last computed for nothing, and 16 bytes at a time.
-        padded = F.pad(x, (0, 0, 0, -m % 8)) if m % 8 else x.contiguous()
-        padded = padded.clone() if padded.data_ptr() % 16 else padded
-        if shape not in _algorithms and not capturing:
-            _algorithms[shape] = _searched(packed, padded, bias)
-        y = _multiplied(packed, padded, bias, _algorithms.get(shape) or 0)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if capturing:
-            raise
-        _algorithms[shape] = None
-        warnings.warn(
-            f"semi_structured_linear: cuSPARSELt failed for [{m}, {x.shape[1]}] by {list(values.shape)} "
-            f"({str(error).splitlines()[0] if str(error) else error!r}); the dense product runs in its place",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return y[:m]
-
-
-def _multiplied(packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: int) -> Tensor:
-    # Transposed, the result is row-major for x: nothing is copied.
-    return torch._cslt_sparse_mm(packed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm)
-
-
-def _searched(packed: Tensor, x: Tensor, bias: Tensor | None) -> int:
-    """The algorithm that cuSPARSELt finds fastest at this shape, if it computes what the usual one does."""
-    found = int(torch._cslt_sparse_mm_search(packed, x.t(), bias=bias, transpose_result=True))
-    usual, fast = (_multiplied(packed, x, bias, algorithm).float() for algorithm in (0, found))
-    same = (fast - usual).abs().max() <= 0.02 * usual.abs().max() + 1e-6
-    return found if bool(same) else 0
-
-
-def _packed(values: Tensor, positions: Tensor, capturing: bool) -> Tensor:
-    """The weight as cuSPARSELt reads it, kept until it changes or goes.
-
-    A storage that is watched by a weak reference gives its place to no other, and a change in place counts its version
-    up; then it is packed anew in the same place, where a graph captured earlier reads it. What has no version, and what
-    a graph makes while it is captured, is not kept.
-    """
-    if values.is_inference() or positions.is_inference():
-        return torch._cslt_compress(_dense_weight(values, positions, (2, 4)))
-    place, index = values.untyped_storage(), positions.untyped_storage()
-    key = (place._cdata, values.storage_offset(), tuple(values.shape), values.dtype)
-    version = (values._version, index._cdata, positions.storage_offset(), positions._version)
-    held = _weights.get(key)
-    if held is not None and held[2] == version:
-        return held[3]
-    # No tensor of inference mode: those cannot be written outside of it.
-    with torch.inference_mode(False), torch.no_grad():
-        packed = torch._cslt_compress(_dense_weight(values, positions, (2, 4)))
-        if held is not None and not capturing:
-            packed = held[3].copy_(packed)
-    if not capturing:
-        for other in [other for other, entry in _weights.items() if entry[0].expired() or entry[1].expired()]:
-            del _weights[other]
-        _weights[key] = (StorageWeakRef(place), StorageWeakRef(index), version, packed)
-    return packed
-
-
 def _constants(m: int, n: int, dtype: torch.dtype, even: bool, activation: str, bias: bool) -> dict[str, Any]:
     rows, tokens, step = tiles(m, n, dtype)
     sizes = {"ROWS": rows, "TOKENS": tokens, "GROUPS": step, "EVEN": even}
@@ -258,23 +184,47 @@ def _constants(m: int, n: int, dtype: torch.dtype, even: bool, activation: str, 
 
 
 def cost(
-    m: int, n: int, k: int, item: int = 2, bias: bool = True, activation: str = "none", cusparselt: bool = True
+    m: int, n: int, k: int, item: int = 2, bias: bool = True, activation: str = "none", how: str | None = None
 ) -> Cost:
     """What a call of 2:4 moves and computes.
 
-    Decoded: values and a quarter byte of positions each, dense FLOPs. cuSPARSELt: the same bytes, half of the FLOPs,
-    and a pass over y for an activation. Expanded: the weight written and read besides, and the dense layer.
+    Decoded: values and a quarter byte of positions each, dense FLOPs. Packed: the same bytes of whole tiles and half of
+    the FLOPs, which Hopper's units do at up to twice the rate. cuSPARSELt: the same, and a pass over y for an
+    activation. Expanded: the weight written and read besides, and the dense layer.
+
+    Args:
+        m, n, k: rows of x, the weight's shape.
+        item: bytes of an entry.
+        bias, activation: what follows the product.
+        how: the way; by default the first that the shape can go on an H100.
     """
     dtype = torch.float32 if item == 4 else torch.bfloat16
     stored = n * k // 2 * item + n * -(-k // 8)
-    how = way(m, n, k, dtype, (2, 4), cusparselt)
+    how = how or ways(m, n, k, dtype, (2, 4), ("packed", "cusparselt"))[0]
     if how == "expanded":
         return Cost(stored, n * k * item, 0) + dense.cost(m, n, k, item, bias, activation)
-    once = Cost((m * k + (n if bias else 0)) * item + stored, m * n * item, m * n * k)
+    beside = m * k * item + (n * item if bias else 0)
+    if how == "packed":
+        tall, wide, blocks = -(-n // 128), -(-k // 64), -(-m // 128)
+        return Cost(beside + tall * wide * 9216, m * n * item, 128 * tall * 64 * wide * 128 * blocks)
+    once = Cost(beside + stored, m * n * item, m * n * k)
     if how == "cusparselt":
         return once if activation == "none" else once + Cost(m * n * item, m * n * item, 0)
     rows, tokens, _ = tiles(m, n, dtype)
     return Cost(once.read, once.written, 2 * -(-m // tokens) * tokens * -(-n // rows) * rows * k)
+
+
+def packed_traffic(m: int, n: int, k: int) -> int:
+    """Bytes that the blocks of "packed" fetch, mostly from the second-level cache (csrc/two_four.h).
+
+    A block of 128 x 128 fetches its share of x, common to `down` blocks, and of the weight, common to `across`.
+    """
+    tall, wide, blocks = -(-n // 128), -(-k // 64), -(-m // 128)
+    down = next(size for size in (4, 2, 1) if tall % size == 0)
+    across = 8 // down
+    while across > 1 and -blocks % across * 8 > blocks:
+        across //= 2
+    return tall * (blocks + -blocks % across) * wide * (9216 // across + 128 * 128 // down)
 
 
 def specimens() -> list[Specimen]:

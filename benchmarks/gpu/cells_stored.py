@@ -14,9 +14,12 @@ from benchmarks.gpu.bench import OURS, Bench, Check, own_cost
 from benchmarks.gpu.inputs import LAYER, exact_linear, gradients, linears, mask_of, product_cost, size_of
 from benchmarks.gpu.measure import two_four_paths
 from benchmarks.gpu.rows import Target
+from sparsebert import ops
 from sparsebert.kernels._cost import Cost
 from sparsebert.nn import SparseLinear
 from sparsebert.ops import block_sparse_linear, block_sparse_sddmm
+from sparsebert.ops._backend import OPS
+from sparsebert.ops.semi_structured_pack import on_hopper
 
 __all__ = ["backward", "chosen", "encoder", "layer", "least_read", "stored_bytes", "structured", "two_four"]
 
@@ -218,8 +221,15 @@ def two_four(
 
         return call
 
+    def packed(s: Any) -> Tensor:
+        if not hasattr(s, "packed"):
+            s.packed = ops.semi_structured_pack(s.stored.values, s.stored.positions)
+        return ops.semi_structured_packed_linear(s.x, s.packed, s.bias, shape=shape, activation=activation)
+
     calls: dict[str, Any] = {OURS: lambda s: s.stored.linear(s.x, s.bias, activation), **dense_paths(bench, activation)}
     calls |= {name: torchs(name) for name in ("torch 2:4", "cuSPARSELt, searched")}
+    if first.x.is_cuda and on_hopper(first.x.device.index) and OPS["semi_structured_pack"].missing("cuda") is None:
+        calls["our kernel, whichever is chosen"] = packed
     launched = stored_cost("semi_structured:2:4", first, rows, dtype)
     bench.compare(
         {"N x K": f"{n}x{k}", "M": rows, "dtype": NAMES[dtype], "": activation},

@@ -127,6 +127,17 @@ def _norm(device: torch.device, dtype: torch.dtype) -> Tensor:
     return _backward(ops.add_layer_norm(*parts))
 
 
+def _packed(device: torch.device, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float32:
+        dtype = torch.bfloat16
+    kind, options = parse_format("semi_structured:2:4")
+    kept = torch.rand(264, 34, 4, device=device).argsort(2).view(264, 136) < 2
+    stored: Any = kind.from_dense(torch.randn(264, 136, device=device).to(dtype), kept, **options)
+    packed = ops.semi_structured_pack(stored.values, stored.positions)
+    x = torch.randn(300, 136, device=device).to(dtype)
+    return ops.semi_structured_packed_linear(x, packed, shape=(264, 136), activation="gelu")
+
+
 def _dense(device: torch.device, dtype: torch.dtype) -> Tensor:
     parts = [_random(device, dtype, *shape) for shape in ((13, 40), (24, 40), (24,))]
     return _backward(ops.dense_linear(*parts))
@@ -155,6 +166,8 @@ CALLS: dict[str, Call] = {
     "block_sparse_sddmm": _stored("blocks:32x32", (96, 64), 70),
     "block_sparse_ffn": _fused,
     "semi_structured_linear": _stored("semi_structured:2:4", (48, 64), 37),
+    "semi_structured_pack": _packed,
+    "semi_structured_packed_linear": _packed,
     "unstructured_linear": _stored("unstructured", (24, 40), 37),
     "unstructured_sddmm": _stored("unstructured", (24, 40), 37),
     "bitmap_linear": _stored("bitmap", (48, 64), 37),

@@ -77,12 +77,6 @@ struct DeviceBitmapWarp {
   }
 };
 
-// A tensor that begins on 16 bytes: itself, or a copy.
-inline Tensor on_sixteen(const Tensor& tensor) {
-  if (aligned(tensor.const_data_ptr())) return tensor;
-  return torch::stable::clone(tensor);
-}
-
 // The weight that checked tensors hold; `values` must outlive it.
 inline BitmapWeight bitmap_weight(
     const void* values, int64_t nnz, const Tensor& bits, const Tensor& starts, const std::vector<int64_t>& shape,

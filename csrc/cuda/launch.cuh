@@ -116,6 +116,12 @@ inline Grid grid_on(const Tensor& weight, int64_t rows, int64_t cols) {
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// A tensor that begins on 16 bytes: itself, or a copy.
+inline Tensor on_sixteen(const Tensor& tensor) {
+  if (aligned(tensor.const_data_ptr())) return tensor;
+  return torch::stable::clone(tensor);
+}
+
 inline Tensor empty_like(const Tensor& first, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(first, sizes, dtype);
 }

@@ -25,6 +25,8 @@ from sparsebert.ops.nm_mask import nm_mask
 from sparsebert.ops.relation_kl import relation_kl
 from sparsebert.ops.select_mask import select_mask, threshold_mask
 from sparsebert.ops.semi_structured_linear import semi_structured_linear
+from sparsebert.ops.semi_structured_pack import semi_structured_pack
+from sparsebert.ops.semi_structured_packed_linear import semi_structured_packed_linear
 from sparsebert.ops.soft_cross_entropy import soft_cross_entropy
 from sparsebert.ops.unstructured_linear import unstructured_linear
 from sparsebert.ops.unstructured_sddmm import unstructured_sddmm
@@ -55,6 +57,8 @@ __all__ = [
     "relation_kl",
     "select_mask",
     "semi_structured_linear",
+    "semi_structured_pack",
+    "semi_structured_packed_linear",
     "soft_cross_entropy",
     "threshold_mask",
     "unpack_bits",

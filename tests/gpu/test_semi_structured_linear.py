@@ -100,16 +100,35 @@ class CuSparseLt:
     """What torch offers of cuSPARSELt, by a dense product; counts its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, wrong: int | None = None) -> None:
-        from sparsebert.kernels import semi_structured_linear as kernel
+        from sparsebert.kernels import _two_four_units as units
 
-        self.kernel, self.packed, self.searched, self.wrong = kernel, 0, 0, wrong
+        self.units, self.packed, self.searched, self.wrong = units, 0, 0, wrong
+        self.ours_packed, self.ours_wrong = 0, False
         self.used: list[int] = []
         monkeypatch.setattr(torch, "_cslt_compress", self.compress)
         monkeypatch.setattr(torch, "_cslt_sparse_mm", self.multiply)
         monkeypatch.setattr(torch, "_cslt_sparse_mm_search", self.search)
-        monkeypatch.setattr(kernel, "_has_cusparselt", lambda device: True)
-        monkeypatch.setattr(kernel, "_algorithms", {})
-        monkeypatch.setattr(kernel, "_weights", {})
+        # Seconds by the call's own name; what is not named takes one.
+        self.seconds = {"cusparselt": 0.5}
+        monkeypatch.setattr(units, "there", lambda device: self.there)
+        monkeypatch.setattr(units, "_seconds", self.timed)
+        monkeypatch.setattr(units, "_BY", {name: self.counted(name, by) for name, by in units._BY.items()})
+        for name in ("_algorithms", "_weights", "_chosen"):
+            monkeypatch.setattr(units, name, {})
+
+    there: tuple[str, ...] = ("cusparselt",)
+
+    def counted(self, name: str, by: Any) -> Any:
+        def run(call: Any) -> Tensor:
+            self.last = name
+            return by(call)
+
+        return run
+
+    def timed(self, run: Any, device: torch.device) -> float:
+        self.last = "expanded"
+        run()
+        return self.seconds.get(self.last, 1.0)
 
     def compress(self, weight: Tensor) -> Tensor:
         self.packed += 1
@@ -136,15 +155,16 @@ def test_cusparselt_packs_once_a_weight_and_searches_once_a_shape(
     for activation in ("none", "gelu"):
         check(x, stored, bias, activation)
     assert call(x, stored, bias).is_contiguous()
-    assert (fake.packed, fake.searched, fake.used[-1]) == (1, 1, 3)
+    # The activation is part of the shape: without it and with it, each once.
+    assert (fake.packed, fake.searched, fake.used[-1]) == (1, 2, 3)
     call(x[:130], stored, bias)
-    assert fake.searched == 1 and fake.packed == 1
-    call(torch.cat((x, x)), stored, bias)
     assert fake.searched == 2 and fake.packed == 1
+    call(torch.cat((x, x)), stored, bias)
+    assert fake.searched == 3 and fake.packed == 1
 
 
 def packed_at(fake: CuSparseLt) -> list[int]:
-    return [entry[3].data_ptr() for entry in fake.kernel._weights.values()]
+    return [entry[3].data_ptr() for entry in fake.units._weights.values()]
 
 
 def test_a_weight_that_changes_or_goes_is_packed_anew(
@@ -155,7 +175,7 @@ def test_a_weight_that_changes_or_goes_is_packed_anew(
     call(x, stored, bias)
     stored.values.mul_(2)
     check(x, stored, bias, "none")
-    assert fake.packed == 2 and len(fake.kernel._weights) == 1
+    assert fake.packed == 2 and len(fake.units._weights) == 1
     # In the same place: a captured graph reads it there.
     place = packed_at(fake)
     with torch.inference_mode():
@@ -167,7 +187,7 @@ def test_a_weight_that_changes_or_goes_is_packed_anew(
     del stored
     _, other, _ = make(triton_backend, 136, 32, 64, torch.bfloat16, seed=1)
     check(x, other, bias, "none")
-    assert fake.packed == 5 and len(fake.kernel._weights) == 1
+    assert fake.packed == 5 and len(fake.units._weights) == 1
     with torch.inference_mode():
         _, other, _ = make(triton_backend, 136, 32, 64, torch.bfloat16, seed=2)
         check(x, other, bias, "none")
@@ -198,30 +218,102 @@ def test_where_it_fails_the_dense_product_runs_and_says_so_once(
     assert len(warned) == 1
 
 
-def test_under_capture_nothing_is_searched_or_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def ours_by_definition(monkeypatch: pytest.MonkeyPatch, fake: CuSparseLt) -> None:
+    """Our own unit, by its definition."""
+    from sparsebert import ops
+
+    def ours(call: Any) -> Tensor:
+        fake.last = "packed"
+        packed = fake.units._packed("packed", call)
+        y = ops.semi_structured_packed_linear(
+            call.x, packed, call.bias, shape=(len(call.values), call.x.shape[1]), activation=call.activation
+        )
+        return y + 1 if fake.ours_wrong else y
+
+    def pack(unit: str, call: Any) -> Tensor:
+        fake.ours_packed += 1
+        return ops.semi_structured_pack(call.values, call.positions)
+
+    usual = fake.units._pack
+    monkeypatch.setattr(fake.units, "_pack", lambda unit, call: (pack if unit == "packed" else usual)(unit, call))
+    fake.units._BY["packed"] = ours
+    fake.there = ("packed", "cusparselt")
+
+
+@pytest.mark.parametrize("fastest", ["packed", "cusparselt", "expanded"])
+def test_the_fastest_way_is_kept_for_a_shape(
+    triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch, fastest: str
+) -> None:
     fake = CuSparseLt(monkeypatch)
-    _, stored, _ = make(device, 136, 32, 64, torch.bfloat16)
-    packed = fake.kernel._packed(stored.values, stored.positions, True)
-    assert not fake.kernel._weights
-    assert torch.equal(packed, stored.to_dense())
+    monkeypatch.delenv("SPARSEBERT_BACKEND")
+    ours_by_definition(monkeypatch, fake)
+    fake.seconds = {fastest: 0.1}
+    x, stored, bias = make(triton_backend, 136, 32, 64, torch.bfloat16)
+    arguments = (x, stored.values, stored.positions, bias, (2, 4), "gelu", [])
+    from sparsebert.kernels.semi_structured_linear import semi_structured_linear as kernel
+
+    first = kernel(*arguments)
+    assert list(fake.units._chosen.values()) == [fastest]
+    fake.last = "expanded"
+    second = kernel(*arguments)
+    assert fake.last == fastest and fake.ours_packed == 1
+    for y in (first, second):
+        torch.testing.assert_close(y, semi_structured_linear_reference(*arguments), rtol=0.02, atol=0.05)
+
+
+def test_a_unit_with_wrong_numbers_is_left_out_with_a_warning(
+    triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = CuSparseLt(monkeypatch)
+    monkeypatch.delenv("SPARSEBERT_BACKEND")
+    ours_by_definition(monkeypatch, fake)
+    fake.seconds, fake.ours_wrong = {"packed": 0.1, "cusparselt": 0.2}, True
+    x, stored, bias = make(triton_backend, 136, 32, 64, torch.bfloat16)
+    from sparsebert.kernels.semi_structured_linear import semi_structured_linear as kernel
+
+    # By numbers that are not finite nothing can be told, and nothing is chosen.
+    kernel(x * torch.inf, stored.values, stored.positions, bias, (2, 4), "none", [])
+    assert not fake.units._chosen
+    with pytest.warns(RuntimeWarning, match="our kernel is wrong for .* another way runs in its place"):
+        kernel(x, stored.values, stored.positions, bias, (2, 4), "none", [])
+    assert list(fake.units._chosen.values()) == ["cusparselt"]
+
+
+def test_under_capture_nothing_is_measured_searched_or_kept(
+    triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, fake = triton_backend, CuSparseLt(monkeypatch)
+    monkeypatch.setattr(fake.units.Call, "capturing", True)
+    x, stored, bias = make(device, 136, 32, 64, torch.bfloat16)
+    check(x, stored, bias, "gelu")
+    assert fake.used == [0] and not (fake.units._weights or fake.units._chosen or fake.searched)
 
 
 def test_which_way_and_what_it_costs() -> None:
-    from sparsebert.kernels.semi_structured_linear import cost, tiles, way
+    from sparsebert.kernels.semi_structured_linear import cost, packed_traffic, tiles, ways
 
-    bf16 = torch.bfloat16
-    assert way(64, 768, 768, bf16, (2, 4), True) == "decoded"
-    assert way(4096, 768, 768, bf16, (2, 4), True) == "cusparselt"
-    for case in ((768, 768, torch.float32, (2, 4), True), (768, 768, bf16, (2, 4), False),
-                 (768, 772, bf16, (2, 4), True), (768, 768, bf16, (1, 4), True)):  # fmt: skip
-        assert way(4096, *case) == "expanded"
+    bf16, both = torch.bfloat16, ("packed", "cusparselt")
+    assert ways(64, 768, 768, bf16, (2, 4), both) == ("decoded",)
+    assert ways(4096, 768, 768, bf16, (2, 4), both) == ("packed", "cusparselt", "expanded")
+    assert ways(4096, 768, 776, bf16, (2, 4), both) == ("packed", "expanded")
+    for case in ((768, 768, torch.float32, (2, 4), both), (768, 768, bf16, (2, 4), ()),
+                 (768, 772, bf16, (2, 4), both), (768, 768, bf16, (1, 4), both)):  # fmt: skip
+        assert ways(4096, *case) == ("expanded",)
     assert tiles(1, 3072, bf16) == (32, 16, 32) and tiles(128, 768, bf16) == (16, 64, 32)
     few = cost(5, 768, 768)
     stored = 768 * 384 * 2 + 768 * 96
     assert few.read == 2 * (5 * 768 + 768) + stored and few.flops == 2 * 16 * 768 * 768 and few.launches == 1
-    many = cost(4096, 3072, 768, activation="gelu")
+    # Whole tiles of 128 x 64, with an eighth of their bytes for positions; nothing more for the activation.
+    ours = cost(4096, 3072, 768, activation="gelu")
+    assert ours.read == 2 * (4096 * 768 + 3072) + 24 * 12 * 9216 and ours.written == 2 * 4096 * 3072
+    assert ours.flops == 4096 * 3072 * 768 and ours.launches == 1
+    # 24 x 32 blocks in clusters of 4 x 2; 6 x 77 in 2 x 4 with three more to fill the last; 3 x 2 in 1 x 2.
+    assert packed_traffic(4096, 3072, 768) == 24 * 32 * 12 * (9216 // 2 + 16384 // 4)
+    assert packed_traffic(9830, 768, 3072) == 6 * 80 * 48 * (9216 // 4 + 16384 // 2)
+    assert packed_traffic(256, 384, 64) == 3 * 2 * (9216 // 2 + 16384)
+    many = cost(4096, 3072, 768, activation="gelu", how="cusparselt")
     assert many.flops == 4096 * 3072 * 768 and many.written == 2 * 2 * 4096 * 3072 and many.launches == 2
-    made = cost(4096, 768, 768, cusparselt=False)
+    made = cost(4096, 768, 768, how="expanded")
     assert made.written == 2 * (768 * 768 + 4096 * 768) and made.flops == 2 * 4096 * 768 * 768
 
 

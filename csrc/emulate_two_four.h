@@ -1,0 +1,218 @@
+// The packed 2:4 product (two_four.h) on the host: a cluster of blocks at a time, copies, matrix unit and transposing
+// stores as the PTX manual describes them, from the very descriptors and words that the device's code makes.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "two_four.h"
+
+namespace sparsebert {
+
+// A block's shared memory. Addresses begin where no descriptor's bits are 0 by chance.
+class HostShared {
+ public:
+  static constexpr uint32_t kBegin = 5 * 1024;
+
+  HostShared() : bytes_(TwoFour::kStages * TwoFour::kStageBytes) { std::fill(bytes_.begin(), bytes_.end(), 0xa5); }
+
+  static uint32_t stage(int64_t step) {
+    return kBegin + static_cast<uint32_t>(step % TwoFour::kStages * TwoFour::kStageBytes);
+  }
+  uint8_t* at(uint32_t address, int64_t count) {
+    if (address < kBegin || address - kBegin + count > static_cast<int64_t>(bytes_.size())) {
+      throw std::runtime_error("an address outside of the shared memory");
+    }
+    return bytes_.data() + (address - kBegin);
+  }
+  void poison(int64_t step) { std::memset(at(stage(step), TwoFour::kStageBytes), 0xa5, TwoFour::kStageBytes); }
+
+  // Where a swizzle of 128 bytes puts 16 bytes: their place among eight is changed by the row's among eight.
+  static uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7u) << 4; }
+
+  // 16 bits of an operand, `byte` bytes into a row.
+  uint16_t entry(uint64_t operand, int64_t row, int64_t byte) {
+    const auto field = [&](int first) { return static_cast<uint32_t>(operand >> first & 0x3fffu) << 4; };
+    const auto down = static_cast<uint32_t>(row), along = static_cast<uint32_t>(byte);
+    uint32_t address = field(0) + down / 8 * field(32);
+    switch (operand >> 62) {
+      case 0: address += down % 8 * 16 + along / 16 * field(16) + along % 16; break;
+      case 1: address = swizzled(address + down % 8 * 128 + along); break;
+      default: throw std::runtime_error("a swizzle that the host does not know");
+    }
+    uint16_t value = 0;
+    std::memcpy(&value, at(address, 2), 2);
+    return value;
+  }
+
+ private:
+  std::vector<uint8_t> bytes_;
+};
+
+struct HostBlockOfCluster {
+  HostShared shared;
+  std::vector<TwoFourLane> lanes = std::vector<TwoFourLane>(TwoFour::kGroups * TwoFour::kGroupThreads);
+};
+
+// A tensor map's copy: `rows` rows of 64 columns from (row, col) on, 0 beyond the edges.
+inline void host_copy_box(
+    HostShared& to, uint32_t address, const TwoFourJob& job, const uint16_t* x, int64_t row, int64_t col,
+    int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < TwoFour::kCols; ++j) {
+      const bool there = row + i < job.m && col + j < job.shape.k;
+      const uint16_t value = there ? x[(row + i) * job.shape.k + col + j] : uint16_t{0};
+      const auto place = address + static_cast<uint32_t>(i * TwoFour::kTokenPitch + 2 * j);
+      std::memcpy(to.at(HostShared::swizzled(place), 2), &value, 2);
+    }
+  }
+}
+
+// wgmma.mma_async.sp m64n128k32 of a warpgroup: `half` names the two threads of four that hold the positions.
+inline void host_product(
+    HostShared& shared, TwoFourLane* lanes, uint64_t a, uint64_t b, const std::vector<uint32_t>& words, int64_t half) {
+  for (int64_t row = 0; row < TwoFour::kGroupRows; ++row) {
+    const int64_t first = row / 16 * 32 + row % 8 * 4, high = row % 16 / 8;
+    for (int64_t group = 0; group < 8; ++group) {
+      const uint32_t word = words[first + 2 * half + group / 4];
+      const uint32_t code = word >> (16 * high + 4 * (group % 4)) & 15u;
+      if ((code & 3u) >= code >> 2) throw std::runtime_error("positions of a group that do not ascend");
+      for (int64_t which = 0; which < 2; ++which) {
+        const int64_t k = 4 * group + static_cast<int64_t>(which == 0 ? code & 3u : code >> 2);
+        const float value = from_16(Float::bf16, shared.entry(a, row, 2 * (2 * group + which)));
+        for (int64_t token = 0; token < TwoFour::kTokens; ++token) {
+          float& sum = lanes[first + token % 8 / 2].sum[4 * (token / 8) + 2 * high + token % 2];
+          sum += value * from_16(Float::bf16, shared.entry(b, token, 2 * k));
+        }
+      }
+    }
+  }
+}
+
+struct HostTwoFourWarp {
+  HostBlockOfCluster& block;
+  int64_t at;
+
+  int64_t number() const { return at; }
+  template <typename F>
+  void lanes(F&& step) {
+    for (int64_t lane = 0; lane < 32; ++lane) step(lane, block.lanes[32 * at + lane]);
+  }
+  // stmatrix.x4.trans: lane / 8 names a row of matrix lane / 8, which becomes its column.
+  void store_turned() {
+    for (int64_t matrix = 0; matrix < 4; ++matrix) {
+      for (int64_t row = 0; row < 8; ++row) {
+        for (int64_t col = 0; col < 8; ++col) {
+          const uint32_t pair = block.lanes[32 * at + 4 * row + col / 2].words[matrix];
+          const auto value = static_cast<uint16_t>(pair >> (16 * (col % 2)));
+          const uint32_t to = block.lanes[32 * at + 8 * matrix + col].to;
+          if (to % 16 != 0) throw std::runtime_error("a row that is stored is not aligned");
+          std::memcpy(block.shared.at(HostShared::kBegin + to + static_cast<uint32_t>(2 * row), 2), &value, 2);
+        }
+      }
+    }
+  }
+};
+
+inline void host_multiply(HostBlockOfCluster& block, int64_t step) {
+  const uint32_t stage = HostShared::stage(step);
+  for (int64_t group = 0; group < TwoFour::kGroups; ++group) {
+    std::vector<uint32_t> words(TwoFour::kGroupThreads);
+    for (int64_t thread = 0; thread < TwoFour::kGroupThreads; ++thread) {
+      const auto at = stage + static_cast<uint32_t>(two_four_meta_at(group, thread));
+      std::memcpy(&words[thread], block.shared.at(at, 4), 4);
+    }
+    TwoFourLane* lanes = block.lanes.data() + group * TwoFour::kGroupThreads;
+    for (int64_t half = 0; half < TwoFour::kHalves; ++half) {
+      host_product(
+          block.shared, lanes, two_four_weight(stage, group, half), two_four_tokens(stage, half), words, half);
+    }
+  }
+}
+
+template <Epilogue kEpilogue>
+void host_finish(HostBlockOfCluster& block, const TwoFourJob& job, const TwoFourTile& tile) {
+  for (int64_t step = 0; step < TwoFour::kStages; ++step) block.shared.poison(step);
+  for (int64_t number = 0; number < 8; ++number) {
+    HostTwoFourWarp warp{block, number};
+    two_four_publish<kEpilogue, Float::bf16>(warp, job, tile.row_tile);
+  }
+  const uint8_t* rows = block.shared.at(HostShared::kBegin, TwoFour::kTokens * TwoFour::kPitch);
+  for (int64_t thread = 0; thread < 256; ++thread) two_four_store(job, tile, rows, thread, 256);
+}
+
+inline void host_cluster(const TwoFourJob& job, const uint16_t* x, int64_t first, Epilogue epilogue) {
+  std::vector<HostBlockOfCluster> blocks(job.cluster());
+  const auto fetch = [&](int64_t step) {
+    const uint32_t stage = HostShared::stage(step);
+    for (int64_t rank = 0; rank < job.cluster(); ++rank) {
+      const TwoFourTile tile(job, first + rank);
+      const TwoFourShare share(job, tile, step);
+      if (share.bytes % 16 != 0) throw std::runtime_error("a copy that is not of 16 bytes");
+      for (int64_t other = 0; other < job.cluster(); ++other) {
+        HostShared& to = blocks[other].shared;
+        if (tile.same_rows(job) >> other & 1u) {
+          std::memcpy(to.at(stage + static_cast<uint32_t>(share.bytes_at), share.bytes), share.from, share.bytes);
+        }
+        if (tile.same_tokens(job) >> other & 1u) {
+          host_copy_box(
+              to, stage + static_cast<uint32_t>(share.tokens_at), job, x, share.token, step * TwoFour::kCols,
+              share.tokens);
+        }
+      }
+    }
+  };
+  const int64_t steps = job.shape.steps();
+  for (int64_t step = 0; step < std::min(steps, TwoFour::kStages - 1); ++step) fetch(step);
+  for (HostBlockOfCluster& block : blocks) {
+    for (TwoFourLane& lane : block.lanes) std::fill(lane.sum, lane.sum + 64, 0.0f);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    if (step + TwoFour::kStages - 1 < steps) fetch(step + TwoFour::kStages - 1);
+    for (HostBlockOfCluster& block : blocks) {
+      host_multiply(block, step);
+      block.shared.poison(step);
+    }
+  }
+  for (int64_t rank = 0; rank < job.cluster(); ++rank) {
+    const TwoFourTile tile(job, first + rank);
+    switch (epilogue) {
+      case Epilogue::gelu: host_finish<Epilogue::gelu>(blocks[rank], job, tile); break;
+      case Epilogue::gelu_tanh: host_finish<Epilogue::gelu_tanh>(blocks[rank], job, tile); break;
+      case Epilogue::relu: host_finish<Epilogue::relu>(blocks[rank], job, tile); break;
+      case Epilogue::tanh: host_finish<Epilogue::tanh>(blocks[rank], job, tile); break;
+      default: host_finish<Epilogue::none>(blocks[rank], job, tile); break;
+    }
+  }
+}
+
+// Whoever gets copies of a block is told of by it: counted once for each, as the barriers of the stages are.
+inline void check_partners(const TwoFourJob& job, int64_t first) {
+  for (int64_t rank = 0; rank < job.cluster(); ++rank) {
+    const TwoFourTile tile(job, first + rank);
+    uint32_t told = 0;
+    for (int64_t i = 0; i < TwoFourTile::partners(job); ++i) told ^= 1u << tile.partner(job, i);
+    if (told != (tile.same_rows(job) | tile.same_tokens(job))) throw std::runtime_error("partners that are not told");
+  }
+}
+
+inline void emulate_two_four_linear(TwoFourJob job, const uint16_t* x, Epilogue epilogue) {
+  job.choose_cluster();
+  for (int64_t first = 0; first < job.blocks(); first += job.cluster()) {
+    check_partners(job, first);
+    host_cluster(job, x, first, epilogue);
+  }
+}
+
+inline void emulate_two_four_pack(const TwoFourPack& job) {
+  for (int64_t unit = 0; unit < job.shape.packed_bytes() / 16; ++unit) {
+    const Words words = two_four_unit(job, unit);
+    std::memcpy(job.packed + 16 * unit, &words, 16);
+  }
+}
+
+}  // namespace sparsebert
