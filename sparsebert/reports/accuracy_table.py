@@ -11,7 +11,10 @@ from sparsebert.reports.grid import Cell, Table
 
 __all__ = ["markdown", "records"]
 
-_KEPT = ("method", "task", "metric", "score", "metrics", "seed", "seconds", "precision", "phases", "teacher")
+_KEPT = (
+    "method", "task", "metric", "score", "metrics", "train_score", "held_out_score", "curve", "seed", "seconds",
+    "precision", "phases", "teacher",
+)  # fmt: skip
 
 
 def markdown(table: Table, results: Mapping[Cell, Mapping[str, Any]], command: str) -> str:
@@ -37,6 +40,7 @@ def markdown(table: Table, results: Mapping[Cell, Mapping[str, Any]], command: s
         ]
     lines += [table.note.strip(), ""] if table.note else []
     lines += _body(table, results)
+    lines += _watched(table, {cell: result for cell, result in results.items() if result.get("curve")})
     if table.published:
         lines += ["", f"Published ({table.source.strip()}; another model and other data, in points):", ""]
         lines += _published(table)
@@ -56,7 +60,7 @@ def _body(table: Table, results: Mapping[Cell, Mapping[str, Any]]) -> list[str]:
                 found = [
                     (cell, result["score"])
                     for cell, result in results.items()
-                    if (cell.entry.name, cell.sparsity, cell.variant) == (entry.name, sparsity, variant)
+                    if _row(cell) == (entry.name, sparsity, variant)
                 ]
                 if entry.hidden or not found:
                     continue
@@ -67,6 +71,53 @@ def _body(table: Table, results: Mapping[Cell, Mapping[str, Any]]) -> list[str]:
                 row += [_spread(_means(found, tasks))] if len(tasks) > 1 else []
                 lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def _watched(table: Table, results: Mapping[Cell, Mapping[str, Any]]) -> list[str]:
+    """What was scored on training rows and on a slice held out of them while training: at the end, and on the way."""
+    if not results:
+        return []
+    rows = list(dict.fromkeys(map(_row, results)))
+    tasks = [task for task in table.tasks if any(cell.task == task for cell in results)]
+    lines = [
+        "",
+        "Over-fitting: the score on training rows less that on as many rows held out of them, at the last step; ± over "
+        "seeds. Below it both on the way, each time they were watched, their means over seeds.",
+        "",
+        "| method | " + " | ".join(tasks) + " | mean |",
+        "|---|" + "---|" * (len(tasks) + 1),
+    ]
+    for row in rows:
+        gaps = [(cell, scores["curve"][-1]) for cell, scores in results.items() if _row(cell) == row]
+        found = [(cell, last["train"] - last["held_out"]) for cell, last in gaps]
+        shown = [_spread([gap for cell, gap in found if cell.task == task]) for task in tasks]
+        lines.append("| " + " | ".join([_label(table, row), *shown, _spread(_means(found, tasks))]) + " |")
+    for task in tasks:
+        turns = max(len(scores["curve"]) for cell, scores in results.items() if cell.task == task)
+        lines += ["", f"| {task}: train / held out | " + " | ".join(map(str, range(1, turns + 1))) + " |"]
+        lines.append("|---|" + "---|" * turns)
+        for row in rows:
+            curves = [scores["curve"] for cell, scores in results.items() if (cell.task, _row(cell)) == (task, row)]
+            shown = [_pair([curve[turn] for curve in curves if turn < len(curve)]) for turn in range(turns)]
+            lines.append("| " + " | ".join([_label(table, row), *shown]) + " |")
+    return lines
+
+
+def _row(cell: Cell) -> tuple[str, float | None, str]:
+    return cell.entry.name, cell.sparsity, cell.variant
+
+
+def _label(table: Table, row: tuple[str, float | None, str]) -> str:
+    entry, sparsity, variant = row
+    words = [table.entries[entry].label, *([f"{sparsity:.0%}"] if sparsity is not None else []), variant]
+    return ", ".join(word for word in words if word)
+
+
+def _pair(points: Sequence[Mapping[str, float]]) -> str:
+    if not points:
+        return ""
+    train, held_out = (100 * statistics.mean(point[name] for point in points) for name in ("train", "held_out"))
+    return f"{train:.0f} / {held_out:.0f}"
 
 
 def _means(found: Sequence[tuple[Cell, float]], tasks: Sequence[str]) -> list[float]:

@@ -303,4 +303,19 @@ def _done(output: Path, cell: Cell) -> bool:
 
 
 def _result(output: Path, cell: Cell) -> dict[str, Any]:
-    return json.loads((output / cell.name / "result.json").read_text(encoding="utf-8"))
+    folder = output / cell.name
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if "train_score" in result:
+        result["curve"] = _curve(folder / "metrics.jsonl", result["metric"])
+    return result
+
+
+def _curve(file: Path, metric: str) -> list[dict[str, float]]:
+    """The score on what is trained on and on the slice held out of it, each time both were watched, in order."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for name, key in (("held_out", f"eval_{metric}"), ("train", f"eval_train_{metric}")):
+            if key in row:
+                found.setdefault((row["phase"], row["step"]), {})[name] = row[key]
+    return [scores for scores in found.values() if len(scores) == 2]

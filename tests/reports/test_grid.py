@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,28 @@ def test_means_and_spreads_are_over_seeds(tmp_path: Path) -> None:
     first["phases"] = [{"mask": {"run": "/some/where/search-rte"}}]
     assert len(records(results)) == len(results)
     assert records(results)[0]["phases"] == [{"mask": {"run": "search-rte"}}]
+
+
+def test_what_was_watched_is_shown_beside_its_gap(tmp_path: Path) -> None:
+    from sparsebert.reports.grid import _result
+
+    table = load_table(write(tmp_path, sparsities=[0.9], variants={"": {}}))
+    cells = [cell for cell in cells_of(table, [42, 43]) if cell.entry.name == "found"]
+    results = {}
+    for cell in cells:
+        train = 0.9 if cell.seed == 42 else 0.94
+        folder = tmp_path / cell.name
+        folder.mkdir()
+        rows = [{"phase": "a", "step": 5, "loss": 1.0}, {"phase": "a", "step": 9, "eval_accuracy": 0.6},
+                {"phase": "a", "step": 9, "eval_train_accuracy": 0.7}, {"phase": "b", "step": 9, "eval_accuracy": 0.65},
+                {"phase": "b", "step": 9, "eval_train_accuracy": train}]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        (folder / "result.json").write_text(json.dumps({**result(0.6), "train_score": train}), encoding="utf-8")
+        results[cell] = _result(tmp_path, cell)
+    text = markdown(table, results, "it")
+    assert "| found, 90% | 27.0 ± 2.8 | 27.0 ± 2.8 | 27.0 ± 2.8 |" in text
+    assert "| sst2: train / held out | 1 | 2 |" in text and "| found, 90% | 70 / 60 | 92 / 65 |" in text
+    assert records(results)[0]["curve"] == [{"held_out": 0.6, "train": 0.7}, {"held_out": 0.65, "train": 0.9}]
 
 
 def test_a_row_that_is_not_whole_has_no_mean(tmp_path: Path) -> None:
