@@ -67,12 +67,6 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
 
 // ---- Clusters ----
 
-__device__ inline uint32_t cluster_rank() {
-  uint32_t rank = 0;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 // Until every thread of every block of the cluster has come here.
 __device__ inline void cluster_meets() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
@@ -129,6 +123,9 @@ __device__ inline void products_wait(float (&sum)[64]) {
 #pragma unroll
   for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
+
+// Keeps a register as it is up to here.
+__device__ inline void hold(uint32_t value) { asm volatile("" ::"r"(value) : "memory"); }
 
 // sum[64 x 128] += sparse a[64 x 32] * b[32 x 128], by a warpgroup; `kHalf` says which threads hold the positions.
 #define SB_EIGHT(i) \

@@ -82,7 +82,7 @@ __device__ void multiply(const Pipeline& pipe, const TwoFourJob& job, const uint
   };
 #pragma unroll
   for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
-  for (int64_t step = 0; step < job.shape.steps(); ++step) {
+  const auto take = [&](int64_t step) {
     hopper::wait(pipe.full(step), pipe.parity(step));
     const uint32_t stage = pipe.stage(step);
     const uint32_t word =
@@ -93,6 +93,16 @@ __device__ void multiply(const Pipeline& pipe, const TwoFourJob& job, const uint
     hopper::products_commit();
     hopper::products_wait<1>(sum);
     if (step > 0) leave(step - 1);
+    return word;
+  };
+  // Two steps to a turn: a step's positions stay in their register until its products are done.
+  uint32_t odd = 0;
+  for (int64_t step = 0; step < job.shape.steps(); step += 2) {
+    const uint32_t even = take(step);
+    hopper::hold(odd);
+    if (step + 1 == job.shape.steps()) break;
+    odd = take(step + 1);
+    hopper::hold(even);
   }
   hopper::products_wait<0>(sum);
 }
@@ -159,8 +169,12 @@ CUtensorMap map_of(const TwoFourJob& job, const void* x, bool half) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
     STD_CUDA_CHECK(
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+#else
+    STD_CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+#endif
     STD_TORCH_CHECK(
         found != nullptr && result == cudaDriverEntryPointSuccess,
         "semi_structured_packed_linear: the driver has no cuTensorMapEncodeTiled");
