@@ -174,8 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "",
             f"Made by `python -m benchmarks.paper --record` on {datetime.date.today():%Y-%m-%d}: bytes and FLOPs of "
             "each kernel as it is launched, from its own tiles, over an H100's measured ceilings (3.0 TB/s, 800 "
-            "TFLOP/s in bf16), and the dense path over the same; attention of both kinds is given 470 TFLOP/s, the best "
-            "that is told of it at 64 entries a head. No GPU has run any of it. What programs fetch from the "
+            "TFLOP/s in bf16), and the dense path over the same; attention of both kinds is given 470 TFLOP/s, the "
+            "best that is told of it at 64 entries a head. No GPU has run any of it. What programs fetch from the "
             "second-level cache is counted for block-sparse and packed 2:4 layers alone, and no instructions are: what "
             "it takes to decode a bitmap is not in it.",
             "",
