@@ -62,9 +62,14 @@ def there(device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda":
         return ()
     sm = capability(device)
-    ours = "sparsebert::semi_structured_packed_linear"
-    found = ["packed"] if sm == 90 and torch._C._dispatch_has_kernel_for_dispatch_key(ours, "CUDA") else []
+    found = ["packed"] if sm == 90 and _is_compiled("semi_structured_packed_linear") else []
     return (*found, *(["cusparselt"] if sm >= 80 and torch.backends.cusparselt.is_available() else []))
+
+
+def _is_compiled(op: str) -> bool:
+    """Whether there is a CUDA kernel for it; without the compiled library there is no such op at all."""
+    known = hasattr(torch.ops.sparsebert, op)
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsebert::{op}", "CUDA")
 
 
 def fastest(ways: Sequence[str], call: Call, expanded: Callable[[], Tensor]) -> Tensor:

@@ -218,6 +218,18 @@ def test_where_it_fails_the_dense_product_runs_and_says_so_once(
     assert len(warned) == 1
 
 
+def test_which_units_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsebert.kernels import _two_four_units as units
+
+    assert units.there(torch.device("cpu")) == ()
+    assert not units._is_compiled("no_such_op")
+    monkeypatch.setattr(units, "_is_compiled", lambda op: op == "semi_structured_packed_linear")
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    for sm, there in ((75, ()), (80, ("cusparselt",)), (90, ("packed", "cusparselt")), (100, ("cusparselt",))):
+        monkeypatch.setattr(units, "capability", lambda device, sm=sm: sm)
+        assert units.there(torch.device("cuda")) == there
+
+
 def ours_by_definition(monkeypatch: pytest.MonkeyPatch, fake: CuSparseLt) -> None:
     """Our own unit, by its definition."""
     from sparsebert import ops
