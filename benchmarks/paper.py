@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from sparsebert.formats import pack_two_four
 from sparsebert.kernels import (
     _bitmap_costs,
     block_sparse_ffn,
@@ -88,6 +91,17 @@ def _two_four(m: int, shape: tuple[int, int], activation: str, target: float) ->
     )  # fmt: skip
 
 
+def _residue(m: int, shape: tuple[int, int], sparsity: float) -> Case:
+    n, k = shape
+    torch.manual_seed(0)
+    kept = torch.rand(n, k) < 1 - sparsity
+    values = pack_two_four(kept.bfloat16()).residue[2]
+    ours = semi_structured_linear.cost(m, n, k, how="packed")
+    ours += semi_structured_linear.residue_cost(m, n, values.shape[1], values.shape[2])
+    what = f"2:4 and a residue, {n}x{k}, {sparsity:.0%}, {m:,} rows"
+    return Case("G15", what, ours, _dense(m, shape), 1.15, semi_structured_linear.packed_traffic(m, n, k))
+
+
 def _bitmap(rows: int, sparsity: float, target: float) -> Case:
     parts = [(shape, 12 * count) for shape, count in ((SQUARE, 4), (UP, 1), (DOWN, 1))]
     ours, dense = Cost(0, 0, 0, 0), Cost(0, 0, 0, 0)
@@ -138,6 +152,7 @@ def cases() -> list[Case]:
         _two_four(4096, UP, "gelu", 1.2), _two_four(16384, UP, "gelu", 1.35), _two_four(16384, DOWN, "none", 1.35),
         _two_four(16384, SQUARE, "none", 1.1),
         *(_bitmap(16, sparsity, target) for sparsity, target in ((0.5, 1.15), (0.7, 1.5), (0.8, 1.8), (0.9, 2.2))),
+        *(_residue(16384, shape, sparsity) for shape in (UP, DOWN) for sparsity in (0.9, 0.95)),
         _attention(4096, 0.5, 1.6, "G17"), _attention(4096, 0.75, 3.0, "G17"), _attention(4096, 0.95, 10.0, "G17"),
         _attention(1024, 0.75, 2.3, "G18"),
         Case("G21", "soft cross-entropy with gradient, against 100 bytes a logit", logits, eager, 10.0),

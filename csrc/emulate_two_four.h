@@ -18,7 +18,12 @@ class HostShared {
  public:
   static constexpr uint32_t kBegin = 5 * 1024;
 
-  HostShared() : bytes_(TwoFour::kStages * TwoFour::kStageBytes) { std::fill(bytes_.begin(), bytes_.end(), 0xa5); }
+  HostShared() : bytes_(kSlots + TwoFour::kGroups * TwoFour::kSlotBytes) {
+    std::fill(bytes_.begin(), bytes_.end(), 0xa5);
+  }
+
+  // Where a warpgroup gathers columns of x.
+  static uint32_t slots(int64_t group) { return kBegin + static_cast<uint32_t>(kSlots + group * TwoFour::kSlotBytes); }
 
   static uint32_t stage(int64_t step) {
     return kBegin + static_cast<uint32_t>(step % TwoFour::kStages * TwoFour::kStageBytes);
@@ -50,6 +55,8 @@ class HostShared {
   }
 
  private:
+  static constexpr int64_t kSlots = TwoFour::kStages * TwoFour::kStageBytes;
+
   std::vector<uint8_t> bytes_;
 };
 
@@ -90,6 +97,53 @@ inline void host_product(
         }
       }
     }
+  }
+}
+
+// wgmma.mma_async m64n128k16 of a warpgroup: a's rows lane / 4 and 8 more, columns in pairs, in four registers a thread.
+inline void host_dense_product(
+    HostShared& shared, TwoFourLane* lanes, const Words* a, uint64_t b) {
+  for (int64_t thread = 0; thread < TwoFour::kGroupThreads; ++thread) {
+    for (int64_t i = 0; i < 8; ++i) {
+      const int64_t row = thread / 32 * 16 + thread % 32 / 4 + 8 * (i / 2 % 2);
+      const int64_t slot = 2 * (thread % 4) + i % 2 + 8 * (i / 4), first = row / 16 * 32 + row % 8 * 4;
+      const auto half = static_cast<uint16_t>(a[thread].word[i / 2] >> (16 * (i % 2)));
+      const float value = from_16(Float::bf16, half);
+      for (int64_t token = 0; token < TwoFour::kTokens; ++token) {
+        float& sum = lanes[first + token % 8 / 2].sum[4 * (token / 8) + 2 * (row % 16 / 8) + token % 2];
+        sum += value * from_16(Float::bf16, shared.entry(b, token, 2 * slot));
+      }
+    }
+  }
+}
+
+// The columns that a step's residue needs, and, where a chunk ends, their products.
+inline void host_residue(HostBlockOfCluster& block, const TwoFourJob& job, const TwoFourTile& tile, int64_t step) {
+  for (int64_t group = 0; group < TwoFour::kGroups; ++group) {
+    const int64_t rows = tile.row_tile * TwoFour::kGroups + group;
+    const TwoFourSpan span = job.residue.span(rows, job.shape.steps(), step);
+    const uint32_t slots = HostShared::slots(group), stage = HostShared::stage(step);
+    for (int64_t token = 0; token < TwoFour::kTokens; ++token) {
+      for (uint32_t slot = span.first(); slot < span.end(); ++slot) {
+        const int64_t col = job.residue.slots(rows, span)[slot];
+        std::memcpy(
+            block.shared.at(slots + two_four_slot_at(slot, token), 2),
+            block.shared.at(stage + two_four_entry_at(token, col), 2), 2);
+      }
+    }
+    if (!span.ends_chunk()) continue;
+    for (int64_t product = 0; product < job.residue.products; ++product) {
+      host_dense_product(
+          block.shared, block.lanes.data() + group * TwoFour::kGroupThreads,
+          job.residue.operand(rows, span, product, 0), two_four_slots(slots, product));
+    }
+  }
+}
+
+inline void host_begin(HostBlockOfCluster& block) {
+  for (TwoFourLane& lane : block.lanes) std::fill(lane.sum, lane.sum + 64, 0.0f);
+  for (int64_t group = 0; group < TwoFour::kGroups; ++group) {
+    std::memset(block.shared.at(HostShared::slots(group), TwoFour::kSlotBytes), 0, TwoFour::kSlotBytes);
   }
 }
 
@@ -168,14 +222,13 @@ inline void host_cluster(const TwoFourJob& job, const uint16_t* x, int64_t first
   };
   const int64_t steps = job.shape.steps();
   for (int64_t step = 0; step < std::min(steps, TwoFour::kStages - 1); ++step) fetch(step);
-  for (HostBlockOfCluster& block : blocks) {
-    for (TwoFourLane& lane : block.lanes) std::fill(lane.sum, lane.sum + 64, 0.0f);
-  }
+  for (HostBlockOfCluster& block : blocks) host_begin(block);
   for (int64_t step = 0; step < steps; ++step) {
     if (step + TwoFour::kStages - 1 < steps) fetch(step + TwoFour::kStages - 1);
-    for (HostBlockOfCluster& block : blocks) {
-      host_multiply(block, step);
-      block.shared.poison(step);
+    for (int64_t rank = 0; rank < job.cluster(); ++rank) {
+      host_multiply(blocks[rank], step);
+      if (job.residue.values != nullptr) host_residue(blocks[rank], job, TwoFourTile(job, first + rank), step);
+      blocks[rank].shared.poison(step);
     }
   }
   for (int64_t rank = 0; rank < job.cluster(); ++rank) {

@@ -203,7 +203,7 @@ void emulate_two_four_pack(
 
 void emulate_two_four_linear(
     const py::buffer& x, const py::buffer& packed, const std::optional<py::buffer>& bias, const py::buffer& y,
-    const Sizes& shape, const std::string& activation) {
+    const Sizes& shape, const std::string& activation, const std::vector<py::buffer>& residue, const Sizes& cut) {
   sparsebert::TwoFourJob job{};
   job.shape = two_four_shape(shape);
   if (job.shape.n % 8 != 0 || job.shape.k % 8 != 0) throw py::value_error("shape: expected multiples of 8");
@@ -211,6 +211,15 @@ void emulate_two_four_linear(
   job.packed = memory<uint8_t>(packed, "packed", job.shape.packed_bytes());
   job.bias = bias ? memory<uint16_t>(*bias, "bias", job.shape.n) : nullptr;
   job.y = memory<uint16_t>(y, "y", job.m * job.shape.n, true);
+  if (!residue.empty()) {
+    if (residue.size() != 3 || cut.size() != 2) throw py::value_error("residue, cut: expected 3 buffers and 2 sizes");
+    const int64_t groups = 2 * job.shape.row_tiles();
+    job.residue.chunks = cut[0];
+    job.residue.products = cut[1];
+    job.residue.spans = memory<uint32_t>(residue[0], "spans", groups * job.shape.steps());
+    job.residue.columns = memory<uint8_t>(residue[1], "columns", groups * cut[0] * 64);
+    job.residue.values = memory<uint16_t>(residue[2], "values", groups * cut[0] * cut[1] * 1024);
+  }
   sparsebert::emulate_two_four_linear(
       job, memory<uint16_t>(x, "x", job.m * job.shape.k), sparsebert::epilogue_of(activation));
 }
@@ -250,7 +259,7 @@ PYBIND11_MODULE(_host, m) {
       py::arg("shape"), "The CUDA semi_structured_pack on buffers.");
   m.def(
       "emulate_two_four_linear", &emulate_two_four_linear, py::arg("x"), py::arg("packed"), py::arg("bias"),
-      py::arg("y"), py::arg("shape"), py::arg("activation"),
+      py::arg("y"), py::arg("shape"), py::arg("activation"), py::arg("residue"), py::arg("cut"),
       "The CUDA semi_structured_packed_linear on buffers of bfloat16 words.");
   m.def(
       "bitmap_plan",

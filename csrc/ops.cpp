@@ -32,7 +32,8 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
       "str activation, Tensor[] transposed) -> Tensor");
   m.def("semi_structured_pack(Tensor values, Tensor positions) -> Tensor");
   m.def(
-      "semi_structured_packed_linear(Tensor x, Tensor packed, Tensor? bias, int[] shape, str activation) -> Tensor");
+      "semi_structured_packed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor[] residue, int[] shape, "
+      "str activation) -> Tensor");
   m.def(
       "bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor starts, Tensor? bias, int[] shape, "
       "str activation) -> Tensor");

@@ -6,6 +6,10 @@
 //
 // A weight is packed once: for each 128 rows and 64 columns 8 KB of values, as core matrices of 8 rows by 16 bytes, and
 // 1 KB of positions, a word to each thread of each warpgroup. That is copied as it lies, and x by a tensor map.
+//
+// What does not fit into 2:4, a residue of some thousandths, is multiplied by the same units: each warpgroup gathers the
+// columns of x that its 64 rows have residue in, out of the steps as they pass, and every few steps multiplies them, as
+// dense operands of 16 columns each.
 
 #pragma once
 
@@ -26,13 +30,15 @@ struct TwoFour {
   static constexpr int64_t kValueBytes = kRows * kCols, kMetaBytes = kRows * kCols / 8;
   static constexpr int64_t kPackedBytes = kValueBytes + kMetaBytes;
   static constexpr int64_t kStageBytes = kTokenBytes + kPackedBytes;
-  static constexpr int64_t kStages = 4;
+  static constexpr int64_t kStages = 4, kStagesBesideResidue = 3;
   // A row of y in shared memory has 16 bytes more than rows of the weight, for its banks.
   static constexpr int64_t kPitch = 2 * kRows + 16;
   static constexpr int64_t kUnit = 8;  // entries of 16 bits to 16 bytes
+  // Columns of x that a warpgroup gathers at most before it multiplies them ("slots"), and those to a product.
+  static constexpr int64_t kSlots = 64, kSlotsOfProduct = 16, kSlotBytes = 2 * kSlots * kTokens;
 };
 // y takes the stages' place.
-static_assert(TwoFour::kTokens * TwoFour::kPitch <= TwoFour::kStages * TwoFour::kStageBytes);
+static_assert(TwoFour::kTokens * TwoFour::kPitch <= TwoFour::kStagesBesideResidue * TwoFour::kStageBytes);
 // A swizzled operand begins where the swizzle does, in every stage.
 static_assert(TwoFour::kStageBytes % 1024 == 0);
 
@@ -101,12 +107,46 @@ SB_HOST_DEVICE inline Words two_four_unit(const TwoFourPack& job, int64_t unit) 
 
 // ---- The product ----
 
+// Which slots a step of a group of 64 rows fills: a word.
+struct TwoFourSpan {
+  uint32_t word;
+
+  SB_HOST_DEVICE uint32_t first() const { return word & 255u; }
+  SB_HOST_DEVICE uint32_t end() const {
+    const uint32_t end = first() + (word >> 8 & 127u), most = static_cast<uint32_t>(TwoFour::kSlots);
+    return end < most ? end : most;
+  }
+  SB_HOST_DEVICE bool ends_chunk() const { return (word >> 15 & 1u) != 0; }
+  SB_HOST_DEVICE uint32_t chunk() const { return word >> 16; }
+};
+
+// The residue of a packed weight, by groups of 64 rows and chunks of a few steps; each chunk has at most 64 slots.
+struct TwoFourResidue {
+  const uint32_t* spans;   // [groups, steps]
+  const uint8_t* columns;  // [groups, chunks, 64]: a slot's column within its step
+  const uint16_t* values;  // [groups, chunks, products, 128, 8]: what each thread holds of a dense operand
+  int64_t chunks;
+  int64_t products;  // to a chunk
+
+  SB_HOST_DEVICE TwoFourSpan span(int64_t group, int64_t steps, int64_t step) const {
+    return {global(spans)[group * steps + step]};
+  }
+  SB_HOST_DEVICE const uint8_t* slots(int64_t group, TwoFourSpan span) const {
+    return global(columns) + (group * chunks + span.chunk()) * TwoFour::kSlots;
+  }
+  SB_HOST_DEVICE const Words* operand(int64_t group, TwoFourSpan span, int64_t product, int64_t thread) const {
+    const int64_t at = (group * chunks + span.chunk()) * products + product;
+    return reinterpret_cast<const Words*>(global(values)) + at * TwoFour::kGroupThreads + thread;
+  }
+};
+
 struct TwoFourJob {
   TwoFourShape shape;
   int64_t m;
   const uint8_t* packed;
   const uint16_t* bias;  // [N], or null
   uint16_t* y;           // [m, N], aligned to 16 bytes; N is a multiple of 8
+  TwoFourResidue residue;  // whose `values` are null where there is none
   // Blocks of a cluster: so many below one another in the weight, with the same tokens, times so many with the same
   // rows of the weight. Each fetches its share of what it has in common with others for all of them.
   int64_t down;
@@ -196,6 +236,21 @@ SB_HOST_DEVICE inline uint64_t two_four_weight(uint32_t stage, int64_t group, in
 // Of all tokens and half a step: 32 columns, 64 of the 128 bytes of a row. A swizzled operand has no step along K.
 SB_HOST_DEVICE inline uint64_t two_four_tokens(uint32_t stage, int64_t half) {
   return operand(stage + static_cast<uint32_t>(half * 2 * TwoFour::kHalfCols), 16, 8 * TwoFour::kTokenPitch, 1);
+}
+
+// Where column `col` of a step lies in a stage, for token `token`: a tensor map swizzles 16 bytes among eight.
+SB_HOST_DEVICE inline uint32_t two_four_entry_at(int64_t token, int64_t col) {
+  return static_cast<uint32_t>(token * TwoFour::kTokenPitch + ((2 * col) ^ (token % 8 * 16)));
+}
+
+// Where slot `slot` of a warpgroup lies for token `token`: core matrices of 8 tokens by 16 bytes, without a swizzle.
+SB_HOST_DEVICE inline uint32_t two_four_slot_at(int64_t slot, int64_t token) {
+  return static_cast<uint32_t>(slot / 8 * 16 * TwoFour::kTokens + token * 16 + 2 * (slot % 8));
+}
+
+// Of all tokens and 16 slots.
+SB_HOST_DEVICE inline uint64_t two_four_slots(uint32_t slots, int64_t product) {
+  return operand(slots + static_cast<uint32_t>(product * 32 * TwoFour::kTokens), 16 * TwoFour::kTokens, 128, 0);
 }
 
 // Where a thread's word of positions lies in a stage.

@@ -158,7 +158,8 @@ def _leave_out(way: str, call: Call, what: str, why: str) -> None:
 def _by_packed(call: Call) -> Tensor:
     weight = _packed("packed", call)
     shape = [len(call.values), call.x.shape[1]]
-    return torch.ops.sparsebert.semi_structured_packed_linear(call.x, weight, call.bias, shape, call.activation)
+    op = torch.ops.sparsebert.semi_structured_packed_linear
+    return op(call.x, weight, call.bias, [], shape, call.activation)
 
 
 def _by_cusparselt(call: Call) -> Tensor:

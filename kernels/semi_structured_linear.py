@@ -28,7 +28,7 @@ from sparsebert.kernels._block_rows import activated, power_above
 from sparsebert.kernels._cost import Cost
 from sparsebert.kernels._triton import Specimen, dot, triton_type
 
-__all__ = ["cost", "packed_traffic", "semi_structured_linear", "specimens", "tiles", "ways"]
+__all__ = ["cost", "packed_traffic", "residue_cost", "semi_structured_linear", "specimens", "tiles", "ways"]
 
 FEW = 128
 """Rows of x up to which a decoded tile is read more cheaply than a dense one."""
@@ -212,6 +212,16 @@ def cost(
         return once if activation == "none" else once + Cost(m * n * item, m * n * item, 0)
     rows, tokens, _ = tiles(m, n, dtype)
     return Cost(once.read, once.written, 2 * -(-m // tokens) * tokens * -(-n // rows) * rows * k)
+
+
+def residue_cost(m: int, n: int, chunks: int, products: int) -> Cost:
+    """What a residue adds to "packed": its values once, and its products of 16 slots for every 64 rows and 128 tokens.
+
+    The columns are gathered out of what has been fetched for the rest.
+    """
+    groups, blocks = 2 * -(-n // 128), -(-m // 128)
+    each = groups * chunks * products
+    return Cost(each * 64 * 16 * 2, 0, 2 * each * 64 * 16 * 128 * blocks, 0)
 
 
 def packed_traffic(m: int, n: int, k: int) -> int:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsebert import _load
-from sparsebert.formats import SemiStructured
-from sparsebert.ops import semi_structured_pack
+from sparsebert.formats import SemiStructured, split_two_four
+from sparsebert.ops import packed_residue, semi_structured_pack
 from sparsebert.ops._linear import ACTIVATIONS, linear_reference
 
 NAN = float("nan")
@@ -62,6 +62,31 @@ def test_packed_as_the_definition_says(host: ModuleType, n: int, k: int, seed: i
 
 @shared
 @given(
+    n=st.sampled_from([8, 136, 256, 384]),
+    k=st.sampled_from([8, 64, 200, 1088]),
+    m=st.sampled_from([1, 129, 260]),
+    density=st.sampled_from([0.0, 0.05, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_what_does_not_fit_into_two_of_four(
+    host: ModuleType, n: int, k: int, m: int, density: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, kept, x = torch.randn(n, k).bfloat16(), torch.rand(n, k) < density, torch.randn(m, k).bfloat16()
+    semi, rest = split_two_four(weight, kept)
+    residue = packed_residue(rest.to_dense())
+    y = torch.full((m, n), NAN, dtype=torch.bfloat16)
+    host.emulate_two_four_linear(
+        buffer(x), buffer(packed_by(host, semi)), None, buffer(y), [n, k], "none", [buffer(part) for part in residue],
+        list(residue[2].shape[1:3]),
+    )  # fmt: skip
+    dense = torch.where(kept, weight, 0.0).double()
+    exact, terms = x.double() @ dense.t(), x.double().abs() @ dense.abs().t()
+    assert ((y.double() - exact).abs() <= exact.abs() / 256 + 1e-6 * (1 + terms)).all()
+
+
+@shared
+@given(
     n=st.sampled_from([8, 128, 136, 256, 384, 512, 1024]),
     k=st.sampled_from([8, 64, 72, 200, 320]),
     m=st.sampled_from([1, 5, 127, 129, 260, 1030]),
@@ -75,9 +100,8 @@ def test_the_layer(host: ModuleType, n: int, k: int, m: int, activation: str, bi
     guard = 64
     room = torch.full((m * n + 2 * guard,), NAN, dtype=torch.bfloat16)
     y = room[guard:-guard].view(m, n)
-    host.emulate_two_four_linear(
-        buffer(x), buffer(packed_by(host, stored)), buffer(bias), buffer(y), [n, k], activation
-    )
+    packed = packed_by(host, stored)
+    host.emulate_two_four_linear(buffer(x), buffer(packed), buffer(bias), buffer(y), [n, k], activation, [], [])
     dense = stored.to_dense().double()
     exact = linear_reference(x.double(), dense, None if bias is None else bias.double(), activation)
     terms = x.double().abs() @ dense.abs().t()

@@ -63,7 +63,7 @@ def layer(
         calls,
         state=state,
         check=Check(
-            lambda s: exact_linear(s, activation), lambda s: _activated(F.linear(s.x, s.weight, s.bias), activation)
+            lambda s: exact_linear(s, activation), lambda s: activated(F.linear(s.x, s.weight, s.bias), activation)
         ),
         limit=launched or product_cost(rows, n, k, dtype, stored, kept),
         limit_from="as launched" if launched else "",
@@ -79,7 +79,7 @@ def torch_bsr(block: tuple[int, int], activation: str) -> Callable[[Any], Tensor
     def call(s: Any) -> Tensor:
         if not hasattr(s, "bsr"):
             s.bsr = s.weight.to_sparse_bsr(block)
-        return _activated(F.linear(s.x, s.bsr, s.bias), activation)
+        return activated(F.linear(s.x, s.bsr, s.bias), activation)
 
     return call
 
@@ -88,9 +88,9 @@ def dense_paths(bench: Bench, activation: str) -> dict[str, Callable[[Any], Tens
     """cuBLAS with the activation after it, fused by torch.compile, and in cuBLASLt's epilogue where it has it."""
     if activation == "none":
         return {"cuBLAS": lambda s: F.linear(s.x, s.weight, s.bias)}
-    fused = bench.compiled(lambda x, w, b: _activated(F.linear(x, w, b), activation))
+    fused = bench.compiled(lambda x, w, b: activated(F.linear(x, w, b), activation))
     calls: dict[str, Callable[[Any], Tensor]] = {
-        "cuBLAS": lambda s: _activated(F.linear(s.x, s.weight, s.bias), activation),
+        "cuBLAS": lambda s: activated(F.linear(s.x, s.weight, s.bias), activation),
         "compiled": lambda s: fused(s.x, s.weight, s.bias),
     }
     if activation in ("relu", "gelu_tanh"):
@@ -99,7 +99,7 @@ def dense_paths(bench: Bench, activation: str) -> dict[str, Callable[[Any], Tens
     return calls
 
 
-def _activated(y: Tensor, activation: str) -> Tensor:
+def activated(y: Tensor, activation: str) -> Tensor:
     if activation == "none":
         return y
     return F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(y)
@@ -193,7 +193,7 @@ def step(bench: Bench, sets: list[Any], case: Mapping[str, Any], activation: str
         return gradients(y, (s.x, s.stored.values, s.bias), s.grad)
 
     def dense(s: Any) -> tuple[Tensor, ...]:
-        y = _activated(F.linear(s.x, s.weight, s.bias), activation)
+        y = activated(F.linear(s.x, s.weight, s.bias), activation)
         return gradients(y, (s.x, s.weight, s.bias), s.grad)
 
     bench.compare(case, sets, {OURS: ours, "dense": dense})
@@ -217,7 +217,7 @@ def two_four(
         def call(s: Any) -> Tensor:
             if not hasattr(s, "paths"):
                 s.paths = two_four_paths(s.weight, s.bias, found)
-            return _activated(s.paths[name](s.x), activation)
+            return activated(s.paths[name](s.x), activation)
 
         return call
 
@@ -236,7 +236,7 @@ def two_four(
         make,
         calls,
         check=Check(
-            lambda s: exact_linear(s, activation), lambda s: _activated(F.linear(s.x, s.weight, s.bias), activation)
+            lambda s: exact_linear(s, activation), lambda s: activated(F.linear(s.x, s.weight, s.bias), activation)
         ),
         limit=launched or product_cost(rows, n, k, dtype, first.stored.nbytes, 0.5),
         limit_from="as launched" if launched else "",

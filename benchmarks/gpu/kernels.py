@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import cells_ffn, cells_masked, cells_norm, cells_stored
+from benchmarks.gpu import cells_ffn, cells_masked, cells_norm, cells_residue, cells_stored
 from benchmarks.gpu.bench import Bench, Cell
 from benchmarks.gpu.inputs import FFN, LAYER, SQUARE
 from benchmarks.gpu.rows import Target
@@ -140,6 +140,13 @@ def _bitmap() -> list[Cell]:
 
     dense = Target("G14", "faster", 0.9)
     residue = Target("G15", "faster", 1.15)
+
+    def unstructured(shape: tuple[int, int], rows: int, sparsity: float, activation: str = "none") -> Cell:
+        return Cell("semi_structured_packed_linear, residue", cells_residue.residue,
+                    {"shape": shape, "rows": rows, "sparsity": sparsity, "activation": activation,
+                     "targets": (residue,)},
+                    {**TINY, "sparsity": 0.5}, ("semi_structured_packed_linear",))  # fmt: skip
+
     return [
         encoder(16, 0.8),
         layer(FFN[0], 1024, 0.8, dense),
@@ -147,17 +154,20 @@ def _bitmap() -> list[Cell]:
         Cell("bitmap_linear, bytes", cells_stored.stored_bytes,
              {"spelling": "bitmap", "pattern": "unstructured", "shape": FFN[0], "sparsity": 0.8}, {"shape": (128, 256)},
              BITMAP),
-        layer(FFN[0], 4096, 0.9, residue),
+        unstructured(FFN[0], 4096, 0.9),
         encoder(16, 0.9),
         encoder(16, 0.5),
         encoder(16, 0.7),
-        layer(FFN[0], 4096, 0.95, residue),
+        unstructured(FFN[0], 4096, 0.95),
+        layer(FFN[0], 4096, 0.9, dense),
         layer(FFN[0], 16384, 0.8, dense),
         encoder(32, 0.5),
         encoder(32, 0.7),
         encoder(32, 0.9),
         layer(FFN[0], 1, 0.8),
-        layer(FFN[0], 16384, 0.9, residue),
+        unstructured(FFN[0], 16384, 0.9),
+        unstructured(FFN[1], 16384, 0.95),
+        unstructured(FFN[0], 16384, 0.95, "gelu"),
     ]  # fmt: skip
 
 

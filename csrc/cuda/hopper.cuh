@@ -24,6 +24,25 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 
 #if SB_HOPPER
 
+// ---- Shared memory, by its address ----
+
+__device__ inline uint32_t load_word(uint32_t from) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
+  return word;
+}
+__device__ inline uint16_t load_half(uint32_t from) {
+  uint16_t half;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(from) : "memory");
+  return half;
+}
+__device__ inline void store_half(uint32_t to, uint16_t half) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(half) : "memory");
+}
+__device__ inline void store_zeros(uint32_t to) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+}
+
 // ---- Barriers ----
 
 __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -114,6 +133,9 @@ __device__ inline void copy_box(
 
 // ---- Products ----
 
+// What this thread has written to shared memory is seen by products from here on.
+__device__ inline void written_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most `kLeft` groups of products are under way. The sums pass through, so that nothing reads them before.
@@ -142,6 +164,24 @@ __device__ inline void hold(uint32_t value) { asm volatile("" ::"r"(value) : "me
       : "l"(a), "l"(b), "r"(positions), "n"(kHalf)                                                                   \
       : "memory")
 
+#define SB_DENSE_PRODUCT(type)                                                                                       \
+  asm volatile(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                   \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
+      "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "    \
+      "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, "  \
+      "%65, %66, %67}, %68, 1, 1, 1, 0;"                                                                             \
+      : SB_EIGHT(0), SB_EIGHT(8), SB_EIGHT(16), SB_EIGHT(24), SB_EIGHT(32), SB_EIGHT(40), SB_EIGHT(48), SB_EIGHT(56) \
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "l"(b)                                       \
+      : "memory")
+
+// sum[64 x 128] += a[64 x 16] * b[16 x 128], a in the registers of a warpgroup.
+template <Float kType>
+__device__ inline void dense_product(float (&sum)[64], const Words& a, uint64_t b) {
+  if constexpr (kType == Float::f16) SB_DENSE_PRODUCT("f16");
+  else SB_DENSE_PRODUCT("bf16");
+}
+
 template <Float kType, int kHalf>
 __device__ inline void sparse_product(float (&sum)[64], uint64_t a, uint64_t b, uint32_t positions) {
   if constexpr (kType == Float::f16) SB_SPARSE_PRODUCT("f16");
@@ -149,6 +189,7 @@ __device__ inline void sparse_product(float (&sum)[64], uint64_t a, uint64_t b, 
 }
 
 #undef SB_SPARSE_PRODUCT
+#undef SB_DENSE_PRODUCT
 #undef SB_EIGHT
 
 #endif  // SB_HOPPER

@@ -16,26 +16,35 @@ namespace {
 
 constexpr int kConsumers = static_cast<int>(TwoFour::kGroups * TwoFour::kGroupThreads);
 constexpr int kThreads = kConsumers + 32;
-constexpr int64_t kBarrierBytes = 2 * 8 * TwoFour::kStages;
-// Where the swizzle begins is not where shared memory does.
-constexpr int64_t kSharedBytes = 1024 + TwoFour::kStages * TwoFour::kStageBytes + kBarrierBytes;
+
+// How shared memory is shared out, with a residue or without one.
+template <bool kResidue>
+struct Memory {
+  static constexpr int64_t kStages = kResidue ? TwoFour::kStagesBesideResidue : TwoFour::kStages;
+  static constexpr int64_t kSlots = kStages * TwoFour::kStageBytes;
+  static constexpr int64_t kBarriers = kSlots + (kResidue ? TwoFour::kGroups * TwoFour::kSlotBytes : 0);
+  // Where the swizzle begins is not where shared memory does.
+  static constexpr int64_t kBytes = 1024 + kBarriers + 2 * 8 * kStages;
+};
 
 #if SB_HOPPER
 
 // Addresses in shared memory.
+template <bool kResidue>
 struct Pipeline {
+  static constexpr int64_t kStages = Memory<kResidue>::kStages;
+
   uint32_t stages;
-  uint32_t barriers;
 
   __device__ uint32_t stage(int64_t step) const {
-    return stages + static_cast<uint32_t>(step % TwoFour::kStages * TwoFour::kStageBytes);
+    return stages + static_cast<uint32_t>(step % kStages * TwoFour::kStageBytes);
   }
   // Ended once a step's operands have come; once all who read them in this cluster have left them.
   __device__ uint32_t full(int64_t step) const {
-    return barriers + static_cast<uint32_t>(8 * (step % TwoFour::kStages));
+    return stages + static_cast<uint32_t>(Memory<kResidue>::kBarriers + 8 * (step % kStages));
   }
-  __device__ uint32_t free(int64_t step) const { return full(step) + static_cast<uint32_t>(8 * TwoFour::kStages); }
-  __device__ static uint32_t parity(int64_t step) { return static_cast<uint32_t>(step / TwoFour::kStages % 2); }
+  __device__ uint32_t free(int64_t step) const { return full(step) + static_cast<uint32_t>(8 * kStages); }
+  __device__ static uint32_t parity(int64_t step) { return static_cast<uint32_t>(step / kStages % 2); }
 };
 
 // Asked for anew where they are needed: what follows from them would take registers from the sums meanwhile.
@@ -51,7 +60,8 @@ __device__ TwoFourTile tile_of(const TwoFourJob& job) {
 }
 
 // One thread of each block.
-__device__ void fetch(const Pipeline& pipe, const TwoFourJob& job, const TwoFourTile& tile, const CUtensorMap& x) {
+template <bool kResidue>
+__device__ void fetch(const Pipeline<kResidue>& pipe, const TwoFourJob& job, const TwoFourTile& tile, const CUtensorMap& x) {
   const auto same_rows = static_cast<uint16_t>(tile.same_rows(job));
   const auto same_tokens = static_cast<uint16_t>(tile.same_tokens(job));
   for (int64_t step = 0; step < job.shape.steps(); ++step) {
@@ -69,38 +79,103 @@ __device__ void fetch(const Pipeline& pipe, const TwoFourJob& job, const TwoFour
   }
 }
 
+// Of a warpgroup.
+__device__ void group_meets() {
+  if (threadIdx.x < TwoFour::kGroupThreads) asm volatile("bar.sync 2, %0;" ::"n"(TwoFour::kGroupThreads) : "memory");
+  else asm volatile("bar.sync 3, %0;" ::"n"(TwoFour::kGroupThreads) : "memory");
+}
+
+// The columns of x that a warpgroup's rows have residue in, a token to a thread.
 template <Float kType>
-__device__ void multiply(const Pipeline& pipe, const TwoFourJob& job, const uint8_t* stages, float (&sum)[64]) {
+struct Gather {
+  const TwoFourJob& job;
+  uint32_t slots;
+  uint32_t group;  // of 64 rows of the weight
+
+  __device__ static int64_t thread() { return threadIdx.x % TwoFour::kGroupThreads; }
+
+  // What no column is gathered to is multiplied by zeros, and must be a number.
+  __device__ void begin() const {
+    for (int64_t slot = 0; slot < TwoFour::kSlots; slot += TwoFour::kUnit) {
+      hopper::store_zeros(slots + two_four_slot_at(slot, thread()));
+    }
+  }
+  __device__ void take(TwoFourSpan span, uint32_t stage) const {
+    const uint8_t* const columns = job.residue.slots(group, span);
+#pragma unroll 1
+    for (uint32_t slot = span.first(); slot < span.end(); ++slot) {
+      const uint16_t entry = hopper::load_half(stage + two_four_entry_at(thread(), columns[slot]));
+      hopper::store_half(slots + two_four_slot_at(slot, thread()), entry);
+    }
+  }
+  __device__ void multiply(TwoFourSpan span, float (&sum)[64]) const {
+    hopper::products_wait<0>(sum);
+    hopper::written_for_products();
+    group_meets();
+#pragma unroll 1
+    for (int64_t product = 0; product < job.residue.products; ++product) {
+      const Words own = *job.residue.operand(group, span, product, thread());
+      hopper::products_begin();
+      hopper::dense_product<kType>(sum, own, two_four_slots(slots, product));
+      hopper::products_commit();
+      hopper::products_wait<0>(sum);
+    }
+    // No slot is written anew before all four warps' products are done.
+    group_meets();
+  }
+};
+
+template <Float kType, bool kResidue>
+__device__ void multiply(const Pipeline<kResidue>& pipe, const TwoFourJob& job, float (&sum)[64]) {
   const int64_t group = threadIdx.x / TwoFour::kGroupThreads, thread = threadIdx.x % TwoFour::kGroupThreads;
-  const uint8_t* const positions = stages + two_four_meta_at(group, thread);
+  const int64_t steps = job.shape.steps();
   // A thread for each block whose copies come here tells its fetching warp. That one warp's products are done means
-  // that all four have begun them, with their positions in registers.
+  // that all four have begun them, with their positions in registers and their columns gathered.
   const bool tells = thread < TwoFourTile::partners(job);
   const auto partner = static_cast<uint32_t>(tells ? tile_of(job).partner(job, thread) : 0);
   const auto leave = [&](int64_t step) {
     if (tells) hopper::arrive_at(pipe.free(step), partner);
   };
+  const Gather<kType> gather{
+      job, pipe.stages + static_cast<uint32_t>(Memory<kResidue>::kSlots + group * TwoFour::kSlotBytes),
+      static_cast<uint32_t>(kResidue ? tile_of(job).row_tile * TwoFour::kGroups + group : 0)};
+  if constexpr (kResidue) gather.begin();
 #pragma unroll
   for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
   const auto take = [&](int64_t step) {
     hopper::wait(pipe.full(step), pipe.parity(step));
     const uint32_t stage = pipe.stage(step);
-    const uint32_t word =
-        *reinterpret_cast<const uint32_t*>(positions + step % TwoFour::kStages * TwoFour::kStageBytes);
+    TwoFourSpan span{};
+    if constexpr (kResidue) {
+      span = job.residue.span(gather.group, steps, step);
+      gather.take(span, stage);
+    }
+    const uint32_t word = hopper::load_word(stage + static_cast<uint32_t>(two_four_meta_at(group, thread)));
     hopper::products_begin();
     hopper::sparse_product<kType, 0>(sum, two_four_weight(stage, group, 0), two_four_tokens(stage, 0), word);
     hopper::sparse_product<kType, 1>(sum, two_four_weight(stage, group, 1), two_four_tokens(stage, 1), word);
     hopper::products_commit();
-    hopper::products_wait<1>(sum);
-    if (step > 0) leave(step - 1);
+    if constexpr (kResidue) {
+      // No registers are left for a step's positions while the next one's products begin.
+      hopper::products_wait<0>(sum);
+      leave(step);
+      if (span.ends_chunk()) gather.multiply(span, sum);
+    } else {
+      hopper::products_wait<1>(sum);
+      if (step > 0) leave(step - 1);
+    }
     return word;
   };
+  if constexpr (kResidue) {
+    for (int64_t step = 0; step < steps; ++step) take(step);
+    return;
+  }
   // Two steps to a turn: a step's positions stay in their register until its products are done.
   uint32_t odd = 0;
-  for (int64_t step = 0; step < job.shape.steps(); step += 2) {
+  for (int64_t step = 0; step < steps; step += 2) {
     const uint32_t even = take(step);
     hopper::hold(odd);
-    if (step + 1 == job.shape.steps()) break;
+    if (step + 1 == steps) break;
     odd = take(step + 1);
     hopper::hold(even);
   }
@@ -129,16 +204,16 @@ __device__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(kConsume
 
 #endif  // SB_HOPPER
 
-template <Float kType, Epilogue kEpilogue>
+template <Float kType, Epilogue kEpilogue, bool kResidue>
 __global__ void __launch_bounds__(kThreads, 2)
     linear_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ TwoFourJob job) {
 #if SB_HOPPER
   extern __shared__ uint8_t memory[];
   const uint32_t begin = hopper::shared_address(memory), skip = (1024u - begin % 1024u) % 1024u;
   uint8_t* const stages = memory + skip;
-  const Pipeline pipe{begin + skip, begin + skip + static_cast<uint32_t>(TwoFour::kStages * TwoFour::kStageBytes)};
+  const Pipeline<kResidue> pipe{begin + skip};
   if (threadIdx.x == 0) {
-    for (int64_t i = 0; i < TwoFour::kStages; ++i) {
+    for (int64_t i = 0; i < pipe.kStages; ++i) {
       hopper::barrier_init(pipe.full(i), 1);
       hopper::barrier_init(pipe.free(i), static_cast<uint32_t>(TwoFour::kGroups * TwoFourTile::partners(job)));
     }
@@ -151,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncwarp();
   } else {
     TwoFourLane own;
-    multiply<kType>(pipe, job, stages, own.sum);
+    multiply<kType, kResidue>(pipe, job, own.sum);
     // The stages are free: all that was to come has come, and both warpgroups have read it.
     consumers_meet();
     DeviceWarp warp{own, pipe.stages};
@@ -194,32 +269,39 @@ CUtensorMap map_of(const TwoFourJob& job, const void* x, bool half) {
   return map;
 }
 
-template <Float kType, Epilogue kEpilogue>
+template <Float kType, Epilogue kEpilogue, bool kResidue>
 void launch(const CUtensorMap& x, const TwoFourJob& job, cudaStream_t stream) {
-  const auto kernel = linear_kernel<kType, kEpilogue>;
+  constexpr int64_t kBytes = Memory<kResidue>::kBytes;
+  const auto kernel = linear_kernel<kType, kEpilogue, kResidue>;
   STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes)));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(job.cluster()), 1, 1};
   cudaLaunchConfig_t how{};
   how.gridDim = dim3(static_cast<unsigned>(job.blocks()));
   how.blockDim = dim3(kThreads);
-  how.dynamicSmemBytes = kSharedBytes;
+  how.dynamicSmemBytes = kBytes;
   how.stream = stream;
   how.attrs = &cluster;
   how.numAttrs = 1;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&how, kernel, x, job));
 }
 
+template <Float kType, Epilogue kEpilogue>
+void launch_either(const CUtensorMap& x, const TwoFourJob& job, cudaStream_t stream) {
+  if (job.residue.values == nullptr) launch<kType, kEpilogue, false>(x, job, stream);
+  else launch<kType, kEpilogue, true>(x, job, stream);
+}
+
 template <Float kType>
 void launch_with(const CUtensorMap& x, const TwoFourJob& job, Epilogue epilogue, cudaStream_t stream) {
   switch (epilogue) {
-    case Epilogue::gelu: return launch<kType, Epilogue::gelu>(x, job, stream);
-    case Epilogue::gelu_tanh: return launch<kType, Epilogue::gelu_tanh>(x, job, stream);
-    case Epilogue::relu: return launch<kType, Epilogue::relu>(x, job, stream);
-    case Epilogue::tanh: return launch<kType, Epilogue::tanh>(x, job, stream);
-    default: return launch<kType, Epilogue::none>(x, job, stream);
+    case Epilogue::gelu: return launch_either<kType, Epilogue::gelu>(x, job, stream);
+    case Epilogue::gelu_tanh: return launch_either<kType, Epilogue::gelu_tanh>(x, job, stream);
+    case Epilogue::relu: return launch_either<kType, Epilogue::relu>(x, job, stream);
+    case Epilogue::tanh: return launch_either<kType, Epilogue::tanh>(x, job, stream);
+    default: return launch_either<kType, Epilogue::none>(x, job, stream);
   }
 }
 
@@ -232,8 +314,41 @@ TwoFourShape shape_of(const std::vector<int64_t>& shape) {
   return {shape[0], shape[1]};
 }
 
+// What checked tensors hold; `values` must outlive it.
+TwoFourResidue residue_of(const std::vector<Tensor>& parts, const TwoFourShape& shape, const Tensor& x) {
+  TwoFourResidue residue{};
+  if (parts.empty()) return residue;
+  STD_TORCH_CHECK(parts.size() == 3, "residue: expected 3 tensors, got ", parts.size());
+  const Tensor &spans = parts[0], &columns = parts[1], &values = parts[2];
+  const int64_t groups = TwoFour::kGroups * shape.row_tiles();
+  check_cuda(spans, x, "residue's spans");
+  check_cuda(columns, x, "residue's columns");
+  check_cuda(values, x, "residue's values");
+  STD_TORCH_CHECK(
+      spans.scalar_type() == ScalarType::Int && spans.dim() == 2 && spans.size(0) == groups &&
+          spans.size(1) == shape.steps(),
+      "residue's spans: expected int32 [", groups, ", ", shape.steps(), "]");
+  STD_TORCH_CHECK(
+      columns.scalar_type() == ScalarType::Byte && columns.dim() == 3 && columns.size(0) == groups &&
+          columns.size(2) == TwoFour::kSlots,
+      "residue's columns: expected uint8 [", groups, ", chunks, ", TwoFour::kSlots, "]");
+  residue.chunks = columns.size(1);
+  STD_TORCH_CHECK(
+      values.scalar_type() == x.scalar_type() && values.dim() == 5 && values.size(0) == groups &&
+          values.size(1) == residue.chunks && values.size(2) >= 1 &&
+          values.size(2) <= TwoFour::kSlots / TwoFour::kSlotsOfProduct && values.size(3) == TwoFour::kGroupThreads &&
+          values.size(4) == TwoFour::kUnit && aligned(values.const_data_ptr()),
+      "residue's values: expected [", groups, ", ", residue.chunks, ", 1 to 4, 128, 8] in the dtype of x, aligned");
+  residue.products = values.size(2);
+  residue.spans = static_cast<const uint32_t*>(spans.const_data_ptr());
+  residue.columns = static_cast<const uint8_t*>(columns.const_data_ptr());
+  residue.values = static_cast<const uint16_t*>(values.const_data_ptr());
+  return residue;
+}
+
 Tensor semi_structured_packed_linear(
-    Tensor x, Tensor packed, std::optional<Tensor> bias, std::vector<int64_t> shape, std::string activation) {
+    Tensor x, Tensor packed, std::optional<Tensor> bias, std::vector<Tensor> residue, std::vector<int64_t> shape,
+    std::string activation) {
   check_cuda(x, x, "x");
   check_cuda(packed, x, "packed");
   TwoFourJob job{};
@@ -255,6 +370,7 @@ Tensor semi_structured_packed_linear(
         bias->dim() == 1 && bias->size(0) == job.shape.n && bias->scalar_type() == dtype, "bias: expected [",
         job.shape.n, "] in the dtype of x");
   }
+  job.residue = residue_of(residue, job.shape, x);
   const OnDevice device(x);
   const int major = device.attribute(cudaDevAttrComputeCapabilityMajor);
   STD_TORCH_CHECK(

@@ -27,6 +27,7 @@ from sparsebert.ops.select_mask import select_mask, threshold_mask
 from sparsebert.ops.semi_structured_linear import semi_structured_linear
 from sparsebert.ops.semi_structured_pack import semi_structured_pack
 from sparsebert.ops.semi_structured_packed_linear import semi_structured_packed_linear
+from sparsebert.ops.semi_structured_residue import packed_residue
 from sparsebert.ops.soft_cross_entropy import soft_cross_entropy
 from sparsebert.ops.unstructured_linear import unstructured_linear
 from sparsebert.ops.unstructured_sddmm import unstructured_sddmm
@@ -54,6 +55,7 @@ __all__ = [
     "masked_weights",
     "nm_mask",
     "pack_bits",
+    "packed_residue",
     "relation_kl",
     "select_mask",
     "semi_structured_linear",

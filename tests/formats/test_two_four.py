@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsebert.formats import split_two_four
+from sparsebert.formats import pack_two_four, split_two_four
 
 
 @given(
@@ -62,3 +62,14 @@ def test_a_nan_stays_and_odd_columns_are_refused() -> None:
     assert semi.to_dense()[0, 3] == torch.inf and residue.to_dense().tolist() == [[1.0, 0.0, 3.0, 0.0]]
     with pytest.raises(ValueError, match=r"weight: expected a multiple of 4 columns, got \[2, 6\]"):
         split_two_four(torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_it_runs_the_whole_weight(dtype: torch.dtype) -> None:
+    weight, mask, x = torch.randn(136, 72).to(dtype), torch.rand(136, 72) < 0.3, torch.randn(5, 72).to(dtype)
+    stored, dense = pack_two_four(weight, mask), torch.where(mask, weight, 0.0)
+    assert torch.equal(stored.to_dense(), dense)
+    bias = torch.randn(136).to(dtype)
+    expected = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), dense.double(), bias.double()))
+    torch.testing.assert_close(stored.linear(x, bias, "gelu").double(), expected, rtol=0.01, atol=0.01)
+    assert stored.nbytes == 2 * 2 * 9216 + sum(part.numel() * part.element_size() for part in stored.residue)

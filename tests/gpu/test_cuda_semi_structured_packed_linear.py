@@ -7,7 +7,7 @@ import torch
 from ops.linear_cases import check_error
 
 from sparsebert import _load
-from sparsebert.formats import SemiStructured
+from sparsebert.formats import SemiStructured, pack_two_four
 from sparsebert.ops import semi_structured_pack, semi_structured_packed_linear
 from sparsebert.ops._linear import ACTIVATIONS, linear_reference
 from sparsebert.ops.semi_structured_pack import semi_structured_pack_reference
@@ -55,6 +55,21 @@ def test_the_layer(rows: int, dtype: torch.dtype) -> None:
         scale = x.double().abs() @ dense.double().abs().t() + (0 if bias is None else bias.double().abs())
         check_error(y, usual, exact, 2, scale)
         assert torch.equal(y, semi_structured_packed_linear(x, packed, bias, shape=(n, k), activation=activation))
+
+
+@dtypes
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.1, 0.4])
+def test_with_what_does_not_fit_into_two_of_four(density: float, dtype: torch.dtype) -> None:
+    for number, (n, k) in enumerate([(136, 72), (384, 200), (768, 768), (3072, 768), (768, 3072)]):
+        weight = (torch.randn(n, k, device=CUDA) / k**0.5).to(dtype)
+        weight = torch.where(torch.rand(n, k, device=CUDA) < density, weight, 0.0)
+        stored, x = pack_two_four(weight), torch.randn(1000, k, device=CUDA).to(dtype)
+        bias, activation = torch.randn(n, device=CUDA).to(dtype), ACTIVATIONS[number]
+        y = stored.linear(x, bias, activation)
+        usual = linear_reference(x, weight, bias, activation)
+        exact = linear_reference(x.double(), weight.double(), bias.double(), activation)
+        check_error(y, usual, exact, 2, x.double().abs() @ weight.double().abs().t() + bias.double().abs())
+        assert torch.equal(y, stored.linear(x, bias, activation))
 
 
 def test_nothing_beyond_the_edges_is_used() -> None:

@@ -302,7 +302,7 @@ def test_under_capture_nothing_is_measured_searched_or_kept(
 
 
 def test_which_way_and_what_it_costs() -> None:
-    from sparsebert.kernels.semi_structured_linear import cost, packed_traffic, tiles, ways
+    from sparsebert.kernels.semi_structured_linear import cost, packed_traffic, residue_cost, tiles, ways
 
     bf16, both = torch.bfloat16, ("packed", "cusparselt")
     assert ways(64, 768, 768, bf16, (2, 4), both) == ("decoded",)
@@ -325,6 +325,9 @@ def test_which_way_and_what_it_costs() -> None:
     assert packed_traffic(256, 384, 64) == 3 * 2 * (9216 // 2 + 16384)
     many = cost(4096, 3072, 768, activation="gelu", how="cusparselt")
     assert many.flops == 4096 * 3072 * 768 and many.written == 2 * 2 * 4096 * 3072 and many.launches == 2
+    # A residue: 48 groups of 64 rows, one chunk of 4 products, for 32 tiles of tokens.
+    extra = residue_cost(4096, 3072, 1, 4)
+    assert extra.read == 48 * 4 * 64 * 16 * 2 and extra.flops == 2 * 48 * 4 * 64 * 16 * 128 * 32
     made = cost(4096, 768, 768, how="expanded")
     assert made.written == 2 * (768 * 768 + 4096 * 768) and made.flops == 2 * 4096 * 768 * 768
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsebert.formats import SemiStructured
-from sparsebert.ops import semi_structured_pack, semi_structured_packed_linear
+from sparsebert.ops import packed_residue, semi_structured_pack, semi_structured_packed_linear
 from sparsebert.ops._backend import OPS
 from sparsebert.ops._linear import ACTIVATIONS, linear_reference
 from sparsebert.ops.semi_structured_pack import unpacked
+from sparsebert.ops.semi_structured_residue import unpacked_residue
 
 
 def stored_of(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> SemiStructured:
@@ -54,6 +55,35 @@ def test_unpacked_it_is_the_weight_again(n: int, k: int, dtype: torch.dtype) -> 
     assert torch.equal(unpacked(packed, (n, k), dtype), stored.to_dense())
 
 
+@given(
+    n=st.sampled_from([1, 64, 130, 200]),
+    k=st.sampled_from([4, 64, 100, 700]),
+    density=st.sampled_from([0.0, 0.001, 0.05, 1.0]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_a_residue_is_all_there(n: int, k: int, density: float, dtype: torch.dtype) -> None:
+    matrix = torch.where(torch.rand(n, k) < density, torch.randn(n, k), 0.0).to(dtype)
+    spans, columns, values = parts = packed_residue(matrix)
+    assert torch.equal(unpacked_residue(parts, (n, k)), matrix)
+    groups, steps = 2 * -(-n // 128), -(-k // 64)
+    assert spans.shape == (groups, steps) and columns.shape[::2] == (groups, 64) and values.shape[3:] == (128, 8)
+    # A chunk ends with the last step of each, and none has more slots than there are.
+    words = spans.long()
+    assert (words[:, -1] >> 15 & 1).all() and ((words & 255) + (words >> 8 & 127) <= 16 * values.shape[2]).all()
+    assert (words >> 16).max() + 1 == columns.shape[1] == (words[0] >> 15 & 1).sum()
+
+
+def test_a_slot_place_by_place() -> None:
+    # Row 73 is row 9 of the second group; columns 70 and 3 are slots 1 and 0, of the second and the first step.
+    matrix = torch.zeros(128, 128).bfloat16()
+    matrix[73, 3], matrix[73, 70], matrix[64, 70] = 5.0, 7.0, 9.0
+    spans, columns, values = packed_residue(matrix)
+    assert spans.tolist() == [[0, 1 << 15], [0 | 1 << 8, 1 | 1 << 8 | 1 << 15]]
+    assert columns[1, 0, :2].tolist() == [3, 6]
+    # Thread 4 holds of row 1 and of row 9 slots 0 and 1; thread 0 of row 0.
+    assert values[1, 0, 0, 4].tolist() == [0, 0, 5, 7, 0, 0, 0, 0] and values[1, 0, 0, 0].tolist() == [0, 9] + [0] * 6
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_is_the_dense_layer(activation: str, dtype: torch.dtype) -> None:
@@ -67,7 +97,7 @@ def test_opcheck_and_compile() -> None:
     stored, x = stored_of(16, 24), torch.randn(3, 24).bfloat16()
     cpu = torch.device("cpu")
     torch.library.opcheck(OPS["semi_structured_pack"].pick(cpu), (stored.values, stored.positions))
-    arguments = (x, packed_of(stored), None, [16, 24], "gelu")
+    arguments = (x, packed_of(stored), None, packed_residue(torch.eye(16, 24).bfloat16()), [16, 24], "gelu")
     torch.library.opcheck(OPS["semi_structured_packed_linear"].pick(cpu), arguments)
 
     def both(values: Tensor, x: Tensor) -> Tensor:
@@ -80,7 +110,7 @@ def test_opcheck_and_compile() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     stored, x, bias = stored_of(16, 24), torch.randn(3, 24).bfloat16(), torch.randn(16).bfloat16()
-    packed = packed_of(stored)
+    packed, residue = packed_of(stored), packed_residue(torch.eye(16, 24).bfloat16())
 
     def call(x: Tensor = x, packed: Tensor = packed, bias: Tensor | None = bias, **options: Any) -> Tensor:
         return semi_structured_packed_linear(x, packed, bias, **{"shape": (16, 24), **options})
@@ -96,6 +126,11 @@ def test_what_does_not_fit_is_named() -> None:
         (lambda: call(packed=packed[..., 1:]), r"packed: expected torch.uint8 \[1, 1, 9216\]"),
         (lambda: call(activation="swish"), "activation"),
         (lambda: call(x=x.clone().requires_grad_()), "use semi_structured_linear"),
+        (lambda: call(residue=residue[:2]), "residue: expected the three tensors of packed_residue, got 2"),
+        (lambda: call(residue=[residue[0][1:], *residue[1:]]), r"residue's spans: expected torch.int32 \[2, 1\]"),
+        (lambda: call(residue=[residue[0], residue[1].int(), residue[2]]), "residue's columns: expected torch.uint8"),
+        (lambda: call(residue=[*residue[:2], residue[2].half()]), "residue's values: expected torch.bfloat16"),
+        (lambda: packed_residue(torch.ones(4, 4)), "residue: expected bfloat16 or float16"),
     ]
     for run, message in cases:
         with pytest.raises(ValueError, match=message):
