@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sparsebert.formats import pack_two_four
+from sparsebert.formats import TwoFour
 from sparsebert.kernels import (
     _bitmap_costs,
     block_sparse_ffn,
@@ -30,6 +30,7 @@ from sparsebert.kernels import (
 )
 from sparsebert.kernels import block_sparse_attention as attention
 from sparsebert.kernels._cost import CEILINGS, Ceiling, Cost
+from sparsebert.ops import packed_residue
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CACHE_RATES = (5.5e12, 8.0e12)
@@ -95,7 +96,7 @@ def _residue(m: int, shape: tuple[int, int], sparsity: float) -> Case:
     n, k = shape
     torch.manual_seed(0)
     kept = torch.rand(n, k) < 1 - sparsity
-    values = pack_two_four(kept.bfloat16()).residue[2]
+    values = packed_residue(TwoFour.from_dense(kept.bfloat16()).residue())[2]
     ours = semi_structured_linear.cost(m, n, k, how="packed")
     ours += semi_structured_linear.residue_cost(m, n, values.shape[1], values.shape[2])
     what = f"2:4 and a residue, {n}x{k}, {sparsity:.0%}, {m:,} rows"

@@ -1,5 +1,7 @@
 """2:4 products with many rows of x on the sparse matrix units: our kernel, or cuSPARSELt's, or none.
 
+What a weight has beside its 2:4 (`two_four_linear`) our kernel multiplies too.
+
 Which is fastest for a shape is measured when it is first called, and so is that the numbers are right: a unit whose
 result is not the dense product's is left out, with a warning. The weight is packed once for each value it has
 (`_packed`), cuSPARSELt's algorithm searched once for each shape.
@@ -21,13 +23,15 @@ from torch.nn import functional as F
 
 from sparsebert.kernels import dense_linear as dense
 from sparsebert.kernels._block_rows import capability
+from sparsebert.ops.semi_structured_residue import packed_residue
 
 __all__ = ["Call", "fastest", "there"]
 
 NAMES = {"packed": "our kernel", "cusparselt": "cuSPARSELt"}
 
-# By unit and the storage of the values: what tells whether it is still that weight, and the weight packed.
-_weights: dict[tuple[Any, ...], tuple[StorageWeakRef, StorageWeakRef, tuple[Any, ...], Tensor]] = {}
+# By unit and the storage of the values: the storages it was made of, what tells whether it is still that weight, and
+# the weight packed.
+_weights: dict[tuple[Any, ...], tuple[list[StorageWeakRef], tuple[Any, ...], list[Tensor]]] = {}
 # By shape: the way that is fastest; cuSPARSELt's algorithm.
 _chosen: dict[tuple[Any, ...], str] = {}
 _algorithms: dict[tuple[Any, ...], int] = {}
@@ -44,12 +48,20 @@ class Call:
     activation: str
     expand: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
     """Makes the dense weight of values, positions and pattern."""
+    rest: tuple[Tensor, Tensor] | None = None
+    """What W has beside: values, and their places as `two_four_linear` stores them."""
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What a choice is remembered by: the number of rows counts by its power of two."""
+        """What a choice is remembered by: the numbers of rows and of weights beside count by their power of two."""
         bias, rows = self.bias is not None, len(self.x).bit_length()
-        return *self.values.shape, self.values.dtype, str(self.values.device), bias, self.activation, rows
+        beside = None if self.rest is None else len(self.rest[0]).bit_length()
+        return *self.values.shape, self.values.dtype, str(self.values.device), bias, self.activation, rows, beside
+
+    @property
+    def index(self) -> tuple[Tensor, ...]:
+        """Where the values lie."""
+        return (self.positions,) if self.rest is None else (self.positions, self.rest[1])
 
     @property
     def capturing(self) -> bool:
@@ -81,7 +93,8 @@ def fastest(ways: Sequence[str], call: Call, expanded: Callable[[], Tensor]) -> 
             how = "cusparselt" if "cusparselt" in ways else "expanded"
         else:
             return _measured(ways, call, expanded)
-    if how == "expanded":
+    if how == "expanded" or (call.capturing and call.rest is not None and _held(how, call) is None):
+        # To pack a residue the GPU is asked what there is of it, which a graph cannot do.
         return expanded()
     try:
         return _BY[how](call)
@@ -147,24 +160,25 @@ def _line(error: Exception) -> str:
 
 
 def _leave_out(way: str, call: Call, what: str, why: str) -> None:
+    op = "semi_structured_linear" if call.rest is None else "two_four_linear"
     warnings.warn(
-        f"semi_structured_linear: {NAMES[way]} {what} for {list(call.x.shape)} by {list(call.values.shape)} ({why}); "
-        "another way runs in its place",
+        f"{op}: {NAMES[way]} {what} for {list(call.x.shape)} by {list(call.values.shape)} ({why}); another way runs in "
+        "its place",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
 def _by_packed(call: Call) -> Tensor:
-    weight = _packed("packed", call)
+    weight, *residue = _packed("packed", call)
     shape = [len(call.values), call.x.shape[1]]
     op = torch.ops.sparsebert.semi_structured_packed_linear
-    return op(call.x, weight, call.bias, [], shape, call.activation)
+    return op(call.x, weight, call.bias, residue, shape, call.activation)
 
 
 def _by_cusparselt(call: Call) -> Tensor:
     m, x = len(call.x), call.x
-    weight = _packed("cusparselt", call)
+    (weight,) = _packed("cusparselt", call)
     # It takes rows of x by eights, those past the last computed for nothing, and 16 bytes at a time.
     padded = F.pad(x, (0, 0, 0, -m % 8)) if m % 8 else x.contiguous()
     padded = padded.clone() if padded.data_ptr() % 16 else padded
@@ -190,35 +204,61 @@ def _searched(packed: Tensor, x: Tensor, bias: Tensor | None) -> int:
     return found if bool(same) else 0
 
 
-def _pack(unit: str, call: Call) -> Tensor:
-    if unit == "packed":
-        return torch.ops.sparsebert.semi_structured_pack(call.values, call.positions)
-    return torch._cslt_compress(call.expand(call.values, call.positions, (2, 4)))
+def _pack(unit: str, call: Call) -> list[Tensor]:
+    if unit == "cusparselt":
+        return [torch._cslt_compress(call.expand(call.values, call.positions, (2, 4)))]
+    packed = torch.ops.sparsebert.semi_structured_pack(call.values, call.positions)
+    return [packed] if call.rest is None else [packed, *_residue(call, *call.rest)]
 
 
-def _packed(unit: str, call: Call) -> Tensor:
+def _residue(call: Call, values: Tensor, places: Tensor) -> list[Tensor]:
+    shape = (len(call.values), call.x.shape[1])
+    dense, kept = values.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=values.device)
+    dense.view(-1)[places], kept.view(-1)[places] = values, True
+    # By the places rather than by what is not 0 now: packed anew it has the same sizes.
+    return packed_residue(dense, kept)
+
+
+def _key(unit: str, call: Call) -> tuple[Any, ...]:
+    values = call.values
+    return unit, values.untyped_storage()._cdata, values.storage_offset(), tuple(values.shape), values.dtype
+
+
+def _version(call: Call) -> tuple[Any, ...]:
+    """What changes with the weight."""
+    index = [(part.untyped_storage()._cdata, part.storage_offset(), part._version) for part in call.index]
+    return call.values._version, *index
+
+
+def _held(unit: str, call: Call) -> list[Tensor] | None:
+    """The weight as it was packed, if it is still that weight."""
+    if any(part.is_inference() for part in (call.values, *call.index)):
+        return None
+    held = _weights.get(_key(unit, call))
+    return held[2] if held is not None and held[1] == _version(call) else None
+
+
+def _packed(unit: str, call: Call) -> list[Tensor]:
     """The weight as `unit` reads it, kept until it changes or goes.
 
     A storage that is watched by a weak reference gives its place to no other, and a change in place counts its version
     up; then it is packed anew in the same place, where a graph captured earlier reads it. What has no version, and what
     a graph makes while it is captured, is not kept.
     """
-    values, positions = call.values, call.positions
-    if values.is_inference() or positions.is_inference():
+    parts = (call.values, *call.index)
+    if any(part.is_inference() for part in parts):
         return _pack(unit, call)
-    place, index = values.untyped_storage(), positions.untyped_storage()
-    key = (unit, place._cdata, values.storage_offset(), tuple(values.shape), values.dtype)
-    version = (values._version, index._cdata, positions.storage_offset(), positions._version)
-    held = _weights.get(key)
-    if held is not None and held[2] == version:
-        return held[3]
+    packed = _held(unit, call)
+    if packed is not None:
+        return packed
+    key, held = _key(unit, call), _weights.get(_key(unit, call))
     # No tensor of inference mode: those cannot be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
         packed = _pack(unit, call)
-        if held is not None and not call.capturing:
-            packed = held[3].copy_(packed)
+        if held is not None and not call.capturing and [part.shape for part in held[2]] == [p.shape for p in packed]:
+            packed = [old.copy_(new) for old, new in zip(held[2], packed, strict=True)]
     if not call.capturing:
-        for other in [other for other, entry in _weights.items() if entry[0].expired() or entry[1].expired()]:
+        for other in [other for other, entry in _weights.items() if any(ref.expired() for ref in entry[0])]:
             del _weights[other]
-        _weights[key] = (StorageWeakRef(place), StorageWeakRef(index), version, packed)
+        _weights[key] = ([StorageWeakRef(part.untyped_storage()) for part in parts], _version(call), packed)
     return packed

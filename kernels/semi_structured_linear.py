@@ -28,7 +28,16 @@ from sparsebert.kernels._block_rows import activated, power_above
 from sparsebert.kernels._cost import Cost
 from sparsebert.kernels._triton import Specimen, dot, triton_type
 
-__all__ = ["cost", "packed_traffic", "residue_cost", "semi_structured_linear", "specimens", "tiles", "ways"]
+__all__ = [
+    "cost",
+    "expanded_weight",
+    "packed_traffic",
+    "residue_cost",
+    "semi_structured_linear",
+    "specimens",
+    "tiles",
+    "ways",
+]
 
 FEW = 128
 """Rows of x up to which a decoded tile is read more cheaply than a dense one."""
@@ -130,11 +139,11 @@ def semi_structured_linear(
         return _by_decoding(x, values, positions, bias, activation)
 
     def expanded() -> Tensor:
-        return dense.dense_linear(x, _dense_weight(values, positions, pattern), bias, activation)
+        return dense.dense_linear(x, expanded_weight(values, positions, pattern), bias, activation)
 
     if found == ("expanded",):
         return expanded()
-    call = units.Call(x.reshape(m, k), values, positions, bias, activation, _dense_weight)
+    call = units.Call(x.reshape(m, k), values, positions, bias, activation, expanded_weight)
     return units.fastest(found, call, expanded).view(*x.shape[:-1], n)
 
 
@@ -161,7 +170,7 @@ def _by_decoding(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | No
     return y
 
 
-def _dense_weight(values: Tensor, positions: Tensor, pattern: Sequence[int]) -> Tensor:
+def expanded_weight(values: Tensor, positions: Tensor, pattern: Sequence[int]) -> Tensor:
     """The weight `[N, K]` with its zeros."""
     n, m = pattern
     if (n, m) == (2, 4):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsebert import _load
-from sparsebert.formats import SemiStructured, split_two_four
+from sparsebert.formats import SemiStructured, TwoFour
 from sparsebert.ops import packed_residue, semi_structured_pack
 from sparsebert.ops._linear import ACTIVATIONS, linear_reference
 
@@ -73,8 +73,8 @@ def test_what_does_not_fit_into_two_of_four(
 ) -> None:
     torch.manual_seed(seed)
     weight, kept, x = torch.randn(n, k).bfloat16(), torch.rand(n, k) < density, torch.randn(m, k).bfloat16()
-    semi, rest = split_two_four(weight, kept)
-    residue = packed_residue(rest.to_dense())
+    stored = TwoFour.from_dense(weight, kept)
+    residue, semi = packed_residue(stored.residue()), stored.semi_structured()
     y = torch.full((m, n), NAN, dtype=torch.bfloat16)
     host.emulate_two_four_linear(
         buffer(x), buffer(packed_by(host, semi)), None, buffer(y), [n, k], "none", [buffer(part) for part in residue],

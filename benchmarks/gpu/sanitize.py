@@ -168,6 +168,7 @@ CALLS: dict[str, Call] = {
     "semi_structured_linear": _stored("semi_structured:2:4", (48, 64), 37),
     "semi_structured_pack": _packed,
     "semi_structured_packed_linear": _packed,
+    "two_four_linear": _stored("two_four", (48, 64), 37),
     "unstructured_linear": _stored("unstructured", (24, 40), 37),
     "unstructured_sddmm": _stored("unstructured", (24, 40), 37),
     "bitmap_linear": _stored("bitmap", (48, 64), 37),

@@ -7,7 +7,7 @@ from sparsebert.formats.compact import Compact
 from sparsebert.formats.dense import Dense
 from sparsebert.formats.parse import FORMATS, parse_format
 from sparsebert.formats.semi_structured import SemiStructured
-from sparsebert.formats.two_four import PackedTwoFour, pack_two_four, split_two_four
+from sparsebert.formats.two_four import TwoFour
 from sparsebert.formats.unstructured import Unstructured
 
 __all__ = [
@@ -17,10 +17,8 @@ __all__ = [
     "Compact",
     "Dense",
     "Format",
-    "PackedTwoFour",
     "SemiStructured",
+    "TwoFour",
     "Unstructured",
-    "pack_two_four",
     "parse_format",
-    "split_two_four",
 ]

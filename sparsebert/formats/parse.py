@@ -12,12 +12,13 @@ from sparsebert.formats.blocks import Blocks
 from sparsebert.formats.compact import Compact
 from sparsebert.formats.dense import Dense
 from sparsebert.formats.semi_structured import SemiStructured
+from sparsebert.formats.two_four import TwoFour
 from sparsebert.formats.unstructured import Unstructured
 
 __all__ = ["FORMATS", "parse_format"]
 
 FORMATS: dict[str, type[Format]] = {
-    cls.name: cls for cls in (Unstructured, Bitmap, Blocks, SemiStructured, Compact, Dense)
+    cls.name: cls for cls in (Unstructured, Bitmap, TwoFour, Blocks, SemiStructured, Compact, Dense)
 }
 
 # Spelling of a format's options: what follows its name, and an example.
@@ -31,7 +32,7 @@ def parse_format(spelling: str) -> tuple[type[Format], dict[str, Any]]:
     """The class of a format and the options of its `from_dense`.
 
     Args:
-        spelling: "unstructured", "bitmap", "blocks:RxC", "semi_structured:n:m", "compact" or "dense".
+        spelling: "unstructured", "bitmap", "two_four", "blocks:RxC", "semi_structured:n:m", "compact" or "dense".
 
     Raises:
         TypeError: no string. UserError: a spelling that is none of these.

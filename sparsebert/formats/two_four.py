@@ -1,88 +1,92 @@
-"""An unstructured weight as 2:4, which a GPU's sparse tensor cores take, plus the few weights that do not fit."""
+"""An unstructured weight as 2:4, which a GPU's sparse matrix units take, and the few weights that do not fit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsebert.formats.base import kept_of
+from sparsebert.formats.base import Format, check_content, check_tensor, kept_of
 from sparsebert.formats.semi_structured import SemiStructured
-from sparsebert.formats.unstructured import Unstructured
-from sparsebert.ops.semi_structured_pack import semi_structured_pack, unpacked
-from sparsebert.ops.semi_structured_packed_linear import semi_structured_packed_linear
-from sparsebert.ops.semi_structured_residue import packed_residue, unpacked_residue
+from sparsebert.ops.two_four_linear import dense_weight, stored_places, two_four_linear
 
-__all__ = ["PackedTwoFour", "pack_two_four", "split_two_four"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-
-def split_two_four(weight: Tensor, mask: Tensor | None = None) -> tuple[SemiStructured, Unstructured]:
-    """Split a weight `[N, K]`, 4 | K, into a 2:4 part and a residue that add up to it exactly.
-
-    Of each group of 4 the two kept weights of largest magnitude (of equals the leftmost, a NaN before all) are in the
-    first part and the others in the residue, so no place is in both. Of a random weight
-    with a share d kept, d^3 (1 - d) + d^4 / 2 of all places are left over: 0.1 % at 90 % sparsity, 0.01 % at 95 %,
-    9 % at 50 %.
-
-    Args:
-        weight: `[N, K]`, float. Kept in its dtype, on its device, and copied.
-        mask: bool `[N, K]`, True where a weight is kept; None keeps the weights that are not 0.
-
-    Raises:
-        ValueError: a mask or weight that does not fit, or columns that 4 does not divide.
-    """
-    kept = kept_of(weight, mask)
-    n, k = weight.shape
-    if k % 4:
-        raise ValueError(f"weight: expected a multiple of 4 columns, got {list(weight.shape)}")
-    size = torch.where(kept, weight.detach().abs(), -1.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    order = size.view(n, k // 4, 4).argsort(dim=2, descending=True, stable=True)
-    first = torch.zeros_like(kept).view(n, k // 4, 4).scatter_(2, order[:, :, :2], True).view(n, k) & kept
-    return SemiStructured.from_dense(weight, first, pattern=(2, 4)), Unstructured.from_dense(weight, kept & ~first)
+__all__ = ["TwoFour"]
 
 
-@dataclass(frozen=True, eq=False)
-class PackedTwoFour:
-    """An unstructured weight to run, not to train or save: 2:4 and a residue, as Hopper's sparse units read them.
+@dataclass(eq=False, repr=False)
+class TwoFour(Format):
+    """Any weight, 4 | K: the two largest of every four as 2:4, the others one by one. Fast on an H100 or H200 alone.
 
-    For many rows of x and a sparsity of some 90 % and more: the residue costs about a product of 16 columns for every
-    16 of the up to 64 columns that 64 rows have in it. Elsewhere than on an H100 or H200 it runs by its definition.
+    Of a random weight with a share d kept, d^3 (1 - d) + d^4 / 2 of all places are left over: 0.1 % at 90 % sparsity,
+    0.01 % at 95 %, 9 % at 50 %.
     """
 
-    packed: Tensor
-    """As `semi_structured_pack` makes it."""
-    residue: list[Tensor]
-    """As `packed_residue` makes it."""
-    shape: tuple[int, int]
+    positions: Tensor
+    """uint8 `[N, ceil(K / 8)]`: where the first N * K / 2 values lie, as in `SemiStructured`."""
+    places: Tensor
+    """int64 `[r]`, ascending: row * K + column of each value after these."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(part.numel() * part.element_size() for part in (self.packed, *self.residue))
+    name = "two_four"
+    op = "two_four_linear"
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, mask: Tensor | None = None) -> Self:
+        """As `Format.from_dense`; a ValueError where 4 does not divide the columns.
+
+        In 2:4 are the two kept weights of largest magnitude of each four, of equals the leftmost and a NaN before all.
+        A four with fewer is filled up with zeros; `exact` is False where there is one.
+        """
+        kept = kept_of(weight, mask)
+        n, k = weight.shape
+        if k % 4:
+            raise ValueError(f"weight: expected a multiple of 4 columns, got {list(weight.shape)}")
+        size = torch.where(kept, weight.detach().abs(), -1.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        order = size.view(n, k // 4, 4).argsort(dim=2, descending=True, stable=True)
+        first = torch.zeros_like(kept).view(n, k // 4, 4).scatter_(2, order[:, :, :2], True).view(n, k) & kept
+        semi = SemiStructured.from_dense(weight, first, pattern=(2, 4))
+        places = (kept & ~first).flatten().nonzero()[:, 0]
+        values = torch.cat((semi.values.flatten(), weight.detach().flatten()[places]))
+        return cls(values, (n, k), semi.positions, places, exact=semi.exact)
 
     def to_dense(self) -> Tensor:
-        """The weight `[N, K]`."""
-        dtype = self.residue[2].dtype
-        return unpacked(self.packed, self.shape, dtype) + unpacked_residue(self.residue, self.shape)
+        return dense_weight(self.values, self.positions, self.places, self.shape)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-        """`activation(x @ W^T + bias)`; see `semi_structured_packed_linear`."""
-        return semi_structured_packed_linear(
-            x, self.packed, bias, shape=self.shape, activation=activation, residue=self.residue
+    def stored(self) -> Tensor:
+        kept = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.device)
+        return kept.scatter_(0, stored_places(self.positions, self.places, self.shape), True).view(self.shape)
+
+    def check(self) -> None:
+        n, k = self.shape
+        if k % 4:
+            raise ValueError(f"shape: expected a multiple of 4 columns, got {list(self.shape)}")
+        check_tensor("places", self.places, torch.int64, [None], self.device)
+        check_tensor("values", self.values, None, [n * k // 2 + len(self.places)], self.device)
+        self.semi_structured().check()
+        check_content("places", (self.places >= 0) & (self.places < n * k), self.places, f"0 to {n * k - 1}")
+        check_content("places", self.places[1:] > self.places[:-1], self.places[1:], "ascending ones")
+        taken = torch.zeros(n * k, dtype=torch.bool, device=self.device)
+        taken[stored_places(self.positions, self.places[:0], self.shape)] = True
+        check_content("places", ~taken[self.places], self.places, "none that is a position of 2:4")
+
+    def semi_structured(self) -> SemiStructured:
+        """The 2:4 part, over the same tensors."""
+        n, k = self.shape
+        return SemiStructured(self.values[: n * k // 2].view(n, k // 2), self.shape, self.positions, (2, 4))
+
+    def residue(self) -> Tensor:
+        """What is beside it, `[N, K]` with zeros."""
+        n, k = self.shape
+        return self.values.new_zeros(n * k).scatter(0, self.places, self.values[n * k // 2 :]).view(n, k)
+
+    def linear(
+        self, x: Tensor, bias: Tensor | None = None, activation: str = "none", transposed: Sequence[Tensor] = ()
+    ) -> Tensor:
+        return two_four_linear(
+            x, self.values, self.positions, self.places, bias, shape=self.shape, activation=activation
         )
-
-
-def pack_two_four(weight: Tensor, mask: Tensor | None = None) -> PackedTwoFour:
-    """`split_two_four`, packed to run.
-
-    Args:
-        weight: `[N, K]`, bfloat16 or float16, 4 | K; on a GPU N and K are to be multiples of 8.
-        mask: bool `[N, K]`, True where a weight is kept; None keeps the weights that are not 0.
-
-    Raises:
-        ValueError: a mask or weight that does not fit, columns that 4 does not divide, or another dtype.
-    """
-    semi, rest = split_two_four(weight, mask)
-    packed = semi_structured_pack(semi.values, semi.positions)
-    return PackedTwoFour(packed, packed_residue(rest.to_dense()), (weight.shape[0], weight.shape[1]))

@@ -17,7 +17,7 @@ __all__ = ["Layout", "room_for"]
 
 VERSION = 1
 # Positions in these are on disk: add at the end, never reorder.
-FORMAT_IDS = ("dense", "unstructured", "blocks", "semi_structured", "compact", "bitmap")
+FORMAT_IDS = ("dense", "unstructured", "blocks", "semi_structured", "compact", "bitmap", "two_four")
 ACTIVATION_IDS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
 HEAD = 6
 

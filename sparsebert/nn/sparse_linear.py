@@ -57,7 +57,8 @@ class SparseLinear(StoredWeight):
     Args:
         in_features, out_features: K and N of the weight `[N, K]`.
         bias: whether there is one, `[N]`.
-        format: spelling of the format: "unstructured", "blocks:RxC", "semi_structured:n:m", "compact" or "dense".
+        format: spelling of the format: "unstructured", "bitmap", "two_four", "blocks:RxC", "semi_structured:n:m",
+            "compact" or "dense".
         activation: "none", "gelu" (erf's), "gelu_tanh", "relu" or "tanh".
         device, dtype: of the parameters, as for `nn.Linear`.
         trainable: whether the parameters require gradients.

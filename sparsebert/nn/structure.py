@@ -13,6 +13,8 @@ from sparsebert.errors import UserError
 from sparsebert.nn.masked import MaskedLinear
 from sparsebert.ops.bitmap_linear import DTYPES as BITMAP_DTYPES
 from sparsebert.ops.bits import expand_grid, unpack_bits
+from sparsebert.ops.semi_structured_pack import DTYPES as TWO_FOUR_DTYPES
+from sparsebert.ops.semi_structured_pack import on_hopper
 
 __all__ = ["Structure", "check_dtype", "check_mask", "check_weight", "kept_of", "mask_of", "structure_of"]
 
@@ -36,6 +38,8 @@ MOST_FILL = 4
 MOST_DENSITY = 0.9
 # A kept weight may be zero by chance: so many of an n:m pattern's places must be in use for it to be one.
 LEAST_PATTERN = 0.95
+# With more than this share of all places beside its 2:4, most columns of 64 rows have some, and are multiplied densely.
+MOST_BESIDE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,11 @@ class Structure:
     def on_gpu(self) -> bool:
         """Whether it lies on a GPU, where other formats have kernels."""
         return self.mask.is_cuda
+
+    @property
+    def on_hopper(self) -> bool:
+        """Whether it lies on an H100 or H200."""
+        return self.mask.is_cuda and on_hopper(self.mask.device.index)
 
     @cached_property
     def kept(self) -> int:
@@ -75,6 +84,14 @@ class Structure:
         if self.on_gpu and dtype in BITMAP_DTYPES:
             stored["bitmap"] = self.kept
         left_out = {}
+        beside = self._beside_two_four() if self.on_hopper and dtype in TWO_FOUR_DTYPES else None
+        if beside is not None and "semi_structured:2:4" not in stored:
+            if beside <= MOST_BESIDE * self.size:
+                stored["two_four"] = self.size // 2 + beside
+            else:
+                left_out["two_four"] = (
+                    f"{beside / self.size:.1%} of its places have a weight that does not fit into 2:4"
+                )
         for block in GPU_SQUARES if self.on_gpu else (*BLOCKS.get(dtype, ()), *SQUARES):
             spelling = f"blocks:{block[0]}x{block[1]}"
             count = self.in_blocks(block)
@@ -105,6 +122,12 @@ class Structure:
     def _compact(self) -> dict[str, int]:
         rows, columns = int(self.mask.any(1).sum()), int(self.mask.any(0).sum())
         return {} if (rows, columns) == self.shape else {"compact": rows * columns}
+
+    def _beside_two_four(self) -> int | None:
+        """How many weights are left over where each four keeps two; None for sizes that the kernel does not take."""
+        if self.shape[0] % 8 or self.shape[1] % 8 or not self.size:
+            return None
+        return int((self.mask.view(self.shape[0], -1, 4).sum(2) - 2).clamp(min=0).sum())
 
     def _patterns(self) -> dict[str, int]:
         found: dict[float, tuple[str, int]] = {}

@@ -29,6 +29,7 @@ from sparsebert.ops.semi_structured_pack import semi_structured_pack
 from sparsebert.ops.semi_structured_packed_linear import semi_structured_packed_linear
 from sparsebert.ops.semi_structured_residue import packed_residue
 from sparsebert.ops.soft_cross_entropy import soft_cross_entropy
+from sparsebert.ops.two_four_linear import two_four_linear
 from sparsebert.ops.unstructured_linear import unstructured_linear
 from sparsebert.ops.unstructured_sddmm import unstructured_sddmm
 from sparsebert.ops.varlen_attention import varlen_attention
@@ -63,6 +64,7 @@ __all__ = [
     "semi_structured_packed_linear",
     "soft_cross_entropy",
     "threshold_mask",
+    "two_four_linear",
     "unpack_bits",
     "unstructured_linear",
     "unstructured_sddmm",

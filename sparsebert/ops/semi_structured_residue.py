@@ -23,11 +23,12 @@ __all__ = ["SLOTS", "packed_residue", "unpacked_residue"]
 GROUP_ROWS, STEP_COLS, SLOTS, SLOTS_OF_PRODUCT = 64, 64, 64, 16
 
 
-def packed_residue(residue: Tensor) -> list[Tensor]:
+def packed_residue(residue: Tensor, kept: Tensor | None = None) -> list[Tensor]:
     """`[spans, columns, values]` (see the module) of a residue, for `semi_structured_packed_linear`.
 
     Args:
         residue: `[N, K]`, bfloat16 or float16; 0 where there is none.
+        kept: bool `[N, K]`, True where there is some, be it 0; None: where it is not 0.
 
     Raises:
         ValueError: no matrix of 16-bit floats.
@@ -36,12 +37,13 @@ def packed_residue(residue: Tensor) -> list[Tensor]:
         raise ValueError(f"residue: expected bfloat16 or float16 [N, K], got {residue.dtype} {list(residue.shape)}")
     (n, k), device = residue.shape, residue.device
     groups, steps = 2 * -(-n // (2 * GROUP_ROWS)), -(-k // STEP_COLS)
-    used = _padded(residue.detach(), groups, steps).view(groups, GROUP_ROWS, -1).ne(0).any(1)
+    kept = residue.detach().ne(0) if kept is None else kept
+    used = _padded(kept, groups, steps).view(groups, GROUP_ROWS, -1).any(1)
     counts = used.view(groups, steps, STEP_COLS).sum(2)
     per, chunks, most = _cut(counts)
     filled = _padded(residue.detach(), groups, chunks * per).view(groups, GROUP_ROWS, chunks, per * STEP_COLS)
     filled = filled.permute(0, 2, 3, 1)
-    used = filled.ne(0).any(3)
+    used = torch.nn.functional.pad(used, (0, (chunks * per - steps) * STEP_COLS)).view(groups, chunks, -1)
     group, chunk, column = used.nonzero(as_tuple=True)
     slot = (used.cumsum(2) - 1)[group, chunk, column]
     columns = torch.zeros(groups, chunks, SLOTS, dtype=torch.uint8, device=device)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsebert.formats import Bitmap, Blocks, Compact, Dense, Format, SemiStructured, Unstructured
+from sparsebert.formats import Bitmap, Blocks, Compact, Dense, Format, SemiStructured, TwoFour, Unstructured
 from sparsebert.ops.unstructured_linear import PANEL, STRIP
 
 SHAPES = {
     "unstructured": [(9, 14), (1, 1), (STRIP + 3, PANEL + 5), (STRIP, PANEL), (3, 2 * PANEL + 1), (0, 5), (5, 0)],
     "bitmap": [(9, 14), (1, 1), (16, 64), (17, 65), (40, 130), (0, 5), (5, 0)],
+    "two_four": [(5, 12), (1, 4), (33, 132), (0, 8), (3, 0)],
     "blocks": [(12, 8), (4, 2), (40, 130), (0, 4), (8, 0)],
     "semi_structured": [(5, 12), (1, 4), (33, 132), (0, 8), (3, 0)],
     "compact": [(9, 14), (1, 1), (40, 3), (0, 5), (5, 0)],
@@ -40,6 +41,7 @@ def mask_for(name: str, shape: tuple[int, int], density: float, seed: int) -> Te
 MAKERS: dict[str, Callable[..., Format]] = {
     "unstructured": Unstructured.from_dense,
     "bitmap": Bitmap.from_dense,
+    "two_four": TwoFour.from_dense,
     "blocks": lambda weight, mask=None: Blocks.from_dense(weight, mask, block=(4, 2)),
     "semi_structured": lambda weight, mask=None: SemiStructured.from_dense(weight, mask, pattern=(2, 4)),
     "compact": Compact.from_dense,

@@ -204,7 +204,7 @@ def test_a_weight_or_mask_that_does_not_fit_is_named(name: str) -> None:
 @every
 def test_it_prints_what_it_is(name: str) -> None:
     stored = MAKERS[name](torch.zeros(8, 8))
-    share = "0.0%" if name == "dense" else "50.0%" if name == "semi_structured" else "100.0%"
+    share = "0.0%" if name == "dense" else "50.0%" if name in ("semi_structured", "two_four") else "100.0%"
     assert repr(stored) == f"<{stored.spelling} [8, 8] torch.float32, {share} sparse, {stored.nbytes:,} bytes>"
 
 

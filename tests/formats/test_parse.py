@@ -13,6 +13,7 @@ from sparsebert.formats import FORMATS, parse_format
     [
         ("unstructured", "unstructured", {}),
         ("bitmap", "bitmap", {}),
+        ("two_four", "two_four", {}),
         ("blocks:8x2", "blocks", {"block": (8, 2)}),
         ("semi_structured:2:4", "semi_structured", {"pattern": (2, 4)}),
         ("compact", "compact", {}),
@@ -24,7 +25,7 @@ def test_spellings(spelling: str, name: str, options: dict[str, Any]) -> None:
 
 
 def test_names() -> None:
-    assert list(FORMATS) == ["unstructured", "bitmap", "blocks", "semi_structured", "compact", "dense"]
+    assert list(FORMATS) == ["unstructured", "bitmap", "two_four", "blocks", "semi_structured", "compact", "dense"]
     assert all(cls.name == name for name, cls in FORMATS.items())
 
 

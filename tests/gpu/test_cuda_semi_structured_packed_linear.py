@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from ops.linear_cases import check_error
 
 from sparsebert import _load
-from sparsebert.formats import SemiStructured, pack_two_four
-from sparsebert.ops import semi_structured_pack, semi_structured_packed_linear
+from sparsebert.formats import SemiStructured, TwoFour
+from sparsebert.ops import packed_residue, semi_structured_pack, semi_structured_packed_linear
 from sparsebert.ops._linear import ACTIVATIONS, linear_reference
 from sparsebert.ops.semi_structured_pack import semi_structured_pack_reference
 
@@ -63,13 +65,16 @@ def test_with_what_does_not_fit_into_two_of_four(density: float, dtype: torch.dt
     for number, (n, k) in enumerate([(136, 72), (384, 200), (768, 768), (3072, 768), (768, 3072)]):
         weight = (torch.randn(n, k, device=CUDA) / k**0.5).to(dtype)
         weight = torch.where(torch.rand(n, k, device=CUDA) < density, weight, 0.0)
-        stored, x = pack_two_four(weight), torch.randn(1000, k, device=CUDA).to(dtype)
+        stored, x = TwoFour.from_dense(weight), torch.randn(1000, k, device=CUDA).to(dtype)
+        packed = semi_structured_pack(stored.semi_structured().values, stored.positions)
+        residue = packed_residue(stored.residue())
         bias, activation = torch.randn(n, device=CUDA).to(dtype), ACTIVATIONS[number]
-        y = stored.linear(x, bias, activation)
+        options: dict[str, Any] = {"shape": (n, k), "activation": activation, "residue": residue}
+        y = semi_structured_packed_linear(x, packed, bias, **options)
         usual = linear_reference(x, weight, bias, activation)
         exact = linear_reference(x.double(), weight.double(), bias.double(), activation)
         check_error(y, usual, exact, 2, x.double().abs() @ weight.double().abs().t() + bias.double().abs())
-        assert torch.equal(y, stored.linear(x, bias, activation))
+        assert torch.equal(y, semi_structured_packed_linear(x, packed, bias, **options))
 
 
 def test_nothing_beyond_the_edges_is_used() -> None:

@@ -164,7 +164,7 @@ def test_cusparselt_packs_once_a_weight_and_searches_once_a_shape(
 
 
 def packed_at(fake: CuSparseLt) -> list[int]:
-    return [entry[3].data_ptr() for entry in fake.units._weights.values()]
+    return [entry[2][0].data_ptr() for entry in fake.units._weights.values()]
 
 
 def test_a_weight_that_changes_or_goes_is_packed_anew(

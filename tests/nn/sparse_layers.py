@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsebert.nn import SparseLinear
 
-FORMATS = ("unstructured", "blocks:4x2", "semi_structured:2:4", "compact", "dense", "bitmap")
+FORMATS = ("unstructured", "blocks:4x2", "semi_structured:2:4", "compact", "dense", "bitmap", "two_four")
 
 
 def mask_for(spelling: str, n: int, k: int, seed: int = 0) -> Tensor:
@@ -20,6 +20,9 @@ def mask_for(spelling: str, n: int, k: int, seed: int = 0) -> Tensor:
     if spelling == "semi_structured:2:4":
         order = torch.rand(n, k // 4, 4, generator=generator).argsort(2)
         return (order < 2).view(n, k)
+    if spelling == "two_four":
+        order = torch.rand(n, k // 4, 4, generator=generator).argsort(2).view(n, k)
+        return (order < 2) | (torch.rand(n, k, generator=generator) > 0.7)
     if spelling == "compact":
         rows, columns = (torch.rand(size, generator=generator) > 0.4 for size in (n, k))
         return rows[:, None] & columns

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsebert.errors import UserError
-from sparsebert.formats import Blocks
+from sparsebert.formats import Blocks, TwoFour
 from sparsebert.nn import choose, gpu_timer, remember
 from sparsebert.nn import measure_captured as public
 from sparsebert.nn.choose import DENSE_PATHS, GPU_ROWS, _no_gpu_kernel
@@ -120,6 +120,26 @@ def test_candidates_are_what_a_gpu_has_kernels_for(monkeypatch: pytest.MonkeyPat
     assert [name for name in found if "semi" in name] == ["semi_structured:2:4"]
     one_four = torch.tensor([True, False, False, False]).repeat(64, 16)
     assert not any("semi" in name for name in structure_of(one_four.float()).candidates(torch.float32, False)[0])
+
+
+def test_on_hopper_a_sparse_weight_may_be_two_four_and_a_residue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Structure, "on_gpu", True)
+
+    def found(mask: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, int], dict[str, str]]:
+        return structure_of(mask.to(dtype)).candidates(dtype, False)
+
+    mask = torch.rand(256, 512, generator=torch.Generator().manual_seed(0)) < 0.1
+    assert "two_four" not in found(mask)[0]
+    monkeypatch.setattr(Structure, "on_hopper", True)
+    assert found(mask)[0]["two_four"] == TwoFour.from_dense(mask.bfloat16()).nnz
+    assert "two_four" not in structure_of(mask.bfloat16()).candidates(torch.bfloat16, True)[0]
+    for unfit in (mask.float(), mask[:254].bfloat16(), mask[:, :508].bfloat16()):
+        assert "two_four" not in found(unfit != 0, unfit.dtype)[0]
+    half = torch.rand(256, 512) < 0.5
+    assert "% of its places have a weight that does not fit into 2:4" in found(half)[1]["two_four"]
+    # A 2:4 weight has a format of its own; one of eight leaves nothing over, and fits the units too.
+    assert "two_four" not in found(torch.tensor([True, False, False, True]).repeat(64, 16))[0]
+    assert found(torch.eye(8, dtype=torch.bool).repeat(8, 8))[0]["two_four"] == 64 * 64 // 2
 
 
 def test_a_format_without_a_gpu_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ INDEX = {
     "compact": ("kept_rows", "kept_columns"),
     "dense": (),
     "bitmap": ("bits", "starts"),
+    "two_four": ("positions", "places"),
 }
 
 
