@@ -220,8 +220,8 @@ def _residue(call: Call, values: Tensor, places: Tensor) -> list[Tensor]:
 
 
 def _key(unit: str, call: Call) -> tuple[Any, ...]:
-    values = call.values
-    return unit, values.untyped_storage()._cdata, values.storage_offset(), tuple(values.shape), values.dtype
+    values, place = call.values, call.values.untyped_storage()._cdata
+    return unit, call.rest is None, place, values.storage_offset(), tuple(values.shape), values.dtype
 
 
 def _version(call: Call) -> tuple[Any, ...]:
