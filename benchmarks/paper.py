@@ -21,6 +21,7 @@ import torch
 from sparsebert.formats import TwoFour
 from sparsebert.kernels import (
     _bitmap_costs,
+    _cluster_costs,
     block_sparse_ffn,
     block_sparse_linear,
     hidden_mse,
@@ -76,11 +77,18 @@ def _blocks(
 ) -> Case:
     n, k = shape
     block, count = (size, size), round(n * k // size**2 * (1 - sparsity))
-    return Case(
-        goal, f"{size}x{size} blocks, {n}x{k}, {sparsity:.0%}, {m:,} rows{', warm' if warm else ''}",
-        block_sparse_linear.cost(m, n, k, block, count), _dense(m, shape), target,
-        block_sparse_linear.staged(m, n, k, block, count), warm,
+    what = f"{size}x{size} blocks, {n}x{k}, {sparsity:.0%}, {m:,} rows{', warm' if warm else ''}"
+    triton, clusters = (
+        Case(goal, f"{what}, {name}", cost, _dense(m, shape), target, staged, warm)
+        for name, cost, staged in (
+            ("Triton", block_sparse_linear.cost(m, n, k, block, count),
+             block_sparse_linear.staged(m, n, k, block, count)),
+            ("clusters", _cluster_costs.block_cluster_linear(m, n, k, size, count),
+             _cluster_costs.traffic(m, n, k, size, count)),
+        )
     )  # fmt: skip
+    # The layer takes the faster one.
+    return min(triton, clusters, key=lambda case: case.seconds(CACHE_RATES[0])[0])
 
 
 def _two_four(m: int, shape: tuple[int, int], activation: str, target: float) -> Case:

@@ -18,23 +18,15 @@ class HostShared {
  public:
   static constexpr uint32_t kBegin = 5 * 1024;
 
-  HostShared() : bytes_(kSlots + TwoFour::kGroups * TwoFour::kSlotBytes) {
-    std::fill(bytes_.begin(), bytes_.end(), 0xa5);
-  }
+  explicit HostShared(int64_t bytes) : bytes_(bytes) { std::fill(bytes_.begin(), bytes_.end(), 0xa5); }
 
-  // Where a warpgroup gathers columns of x.
-  static uint32_t slots(int64_t group) { return kBegin + static_cast<uint32_t>(kSlots + group * TwoFour::kSlotBytes); }
-
-  static uint32_t stage(int64_t step) {
-    return kBegin + static_cast<uint32_t>(step % TwoFour::kStages * TwoFour::kStageBytes);
-  }
   uint8_t* at(uint32_t address, int64_t count) {
     if (address < kBegin || address - kBegin + count > static_cast<int64_t>(bytes_.size())) {
       throw std::runtime_error("an address outside of the shared memory");
     }
     return bytes_.data() + (address - kBegin);
   }
-  void poison(int64_t step) { std::memset(at(stage(step), TwoFour::kStageBytes), 0xa5, TwoFour::kStageBytes); }
+  void poison(uint32_t address, int64_t count) { std::memset(at(address, count), 0xa5, count); }
 
   // Where a swizzle of 128 bytes puts 16 bytes: their place among eight is changed by the row's among eight.
   static uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7u) << 4; }
@@ -55,24 +47,34 @@ class HostShared {
   }
 
  private:
-  static constexpr int64_t kSlots = TwoFour::kStages * TwoFour::kStageBytes;
-
   std::vector<uint8_t> bytes_;
 };
 
 struct HostBlockOfCluster {
   HostShared shared;
   std::vector<TwoFourLane> lanes = std::vector<TwoFourLane>(TwoFour::kGroups * TwoFour::kGroupThreads);
+
+  explicit HostBlockOfCluster(int64_t bytes) : shared(bytes) {
+    for (TwoFourLane& lane : lanes) std::fill(lane.sum, lane.sum + 64, 0.0f);
+  }
 };
 
-// A tensor map's copy: `rows` rows of 64 columns from (row, col) on, 0 beyond the edges.
+// Where a stage of the packed product lies, and where a warpgroup gathers columns of x.
+inline uint32_t host_stage(int64_t step) {
+  return HostShared::kBegin + static_cast<uint32_t>(step % TwoFour::kStages * TwoFour::kStageBytes);
+}
+inline uint32_t host_slots(int64_t group) {
+  return HostShared::kBegin +
+         static_cast<uint32_t>(TwoFour::kStages * TwoFour::kStageBytes + group * TwoFour::kSlotBytes);
+}
+
+// A tensor map's copy of x [m, k]: `rows` rows of 64 columns from (row, col) on, 0 beyond the edges.
 inline void host_copy_box(
-    HostShared& to, uint32_t address, const TwoFourJob& job, const uint16_t* x, int64_t row, int64_t col,
-    int64_t rows) {
+    HostShared& to, uint32_t address, const uint16_t* x, int64_t m, int64_t k, int64_t row, int64_t col, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < TwoFour::kCols; ++j) {
-      const bool there = row + i < job.m && col + j < job.shape.k;
-      const uint16_t value = there ? x[(row + i) * job.shape.k + col + j] : uint16_t{0};
+      const bool there = row + i < m && col + j < k;
+      const uint16_t value = there ? x[(row + i) * k + col + j] : uint16_t{0};
       const auto place = address + static_cast<uint32_t>(i * TwoFour::kTokenPitch + 2 * j);
       std::memcpy(to.at(HostShared::swizzled(place), 2), &value, 2);
     }
@@ -122,7 +124,7 @@ inline void host_residue(HostBlockOfCluster& block, const TwoFourJob& job, const
   for (int64_t group = 0; group < TwoFour::kGroups; ++group) {
     const int64_t rows = tile.row_tile * TwoFour::kGroups + group;
     const TwoFourSpan span = job.residue.span(rows, job.shape.steps(), step);
-    const uint32_t slots = HostShared::slots(group), stage = HostShared::stage(step);
+    const uint32_t slots = host_slots(group), stage = host_stage(step);
     for (int64_t token = 0; token < TwoFour::kTokens; ++token) {
       for (uint32_t slot = span.first(); slot < span.end(); ++slot) {
         const int64_t col = job.residue.slots(rows, span)[slot];
@@ -141,9 +143,8 @@ inline void host_residue(HostBlockOfCluster& block, const TwoFourJob& job, const
 }
 
 inline void host_begin(HostBlockOfCluster& block) {
-  for (TwoFourLane& lane : block.lanes) std::fill(lane.sum, lane.sum + 64, 0.0f);
   for (int64_t group = 0; group < TwoFour::kGroups; ++group) {
-    std::memset(block.shared.at(HostShared::slots(group), TwoFour::kSlotBytes), 0, TwoFour::kSlotBytes);
+    std::memset(block.shared.at(host_slots(group), TwoFour::kSlotBytes), 0, TwoFour::kSlotBytes);
   }
 }
 
@@ -173,7 +174,7 @@ struct HostTwoFourWarp {
 };
 
 inline void host_multiply(HostBlockOfCluster& block, int64_t step) {
-  const uint32_t stage = HostShared::stage(step);
+  const uint32_t stage = host_stage(step);
   for (int64_t group = 0; group < TwoFour::kGroups; ++group) {
     std::vector<uint32_t> words(TwoFour::kGroupThreads);
     for (int64_t thread = 0; thread < TwoFour::kGroupThreads; ++thread) {
@@ -189,8 +190,7 @@ inline void host_multiply(HostBlockOfCluster& block, int64_t step) {
 }
 
 template <Epilogue kEpilogue>
-void host_finish(HostBlockOfCluster& block, const TwoFourJob& job, const TwoFourTile& tile) {
-  for (int64_t step = 0; step < TwoFour::kStages; ++step) block.shared.poison(step);
+void host_finish_with(HostBlockOfCluster& block, const TwoFourJob& job, const TwoFourTile& tile) {
   for (int64_t number = 0; number < 8; ++number) {
     HostTwoFourWarp warp{block, number};
     two_four_publish<kEpilogue, Float::bf16>(warp, job, tile.row_tile);
@@ -199,10 +199,22 @@ void host_finish(HostBlockOfCluster& block, const TwoFourJob& job, const TwoFour
   for (int64_t thread = 0; thread < 256; ++thread) two_four_store(job, tile, rows, thread, 256);
 }
 
+inline void host_finish(
+    HostBlockOfCluster& block, const TwoFourJob& job, const TwoFourTile& tile, Epilogue epilogue) {
+  switch (epilogue) {
+    case Epilogue::gelu: return host_finish_with<Epilogue::gelu>(block, job, tile);
+    case Epilogue::gelu_tanh: return host_finish_with<Epilogue::gelu_tanh>(block, job, tile);
+    case Epilogue::relu: return host_finish_with<Epilogue::relu>(block, job, tile);
+    case Epilogue::tanh: return host_finish_with<Epilogue::tanh>(block, job, tile);
+    default: return host_finish_with<Epilogue::none>(block, job, tile);
+  }
+}
+
 inline void host_cluster(const TwoFourJob& job, const uint16_t* x, int64_t first, Epilogue epilogue) {
-  std::vector<HostBlockOfCluster> blocks(job.cluster());
+  constexpr int64_t kBytes = TwoFour::kStages * TwoFour::kStageBytes + TwoFour::kGroups * TwoFour::kSlotBytes;
+  std::vector<HostBlockOfCluster> blocks(job.cluster(), HostBlockOfCluster(kBytes));
   const auto fetch = [&](int64_t step) {
-    const uint32_t stage = HostShared::stage(step);
+    const uint32_t stage = host_stage(step);
     for (int64_t rank = 0; rank < job.cluster(); ++rank) {
       const TwoFourTile tile(job, first + rank);
       const TwoFourShare share(job, tile, step);
@@ -214,8 +226,8 @@ inline void host_cluster(const TwoFourJob& job, const uint16_t* x, int64_t first
         }
         if (tile.same_tokens(job) >> other & 1u) {
           host_copy_box(
-              to, stage + static_cast<uint32_t>(share.tokens_at), job, x, share.token, step * TwoFour::kCols,
-              share.tokens);
+              to, stage + static_cast<uint32_t>(share.tokens_at), x, job.m, job.shape.k, share.token,
+              step * TwoFour::kCols, share.tokens);
         }
       }
     }
@@ -228,18 +240,11 @@ inline void host_cluster(const TwoFourJob& job, const uint16_t* x, int64_t first
     for (int64_t rank = 0; rank < job.cluster(); ++rank) {
       host_multiply(blocks[rank], step);
       if (job.residue.values != nullptr) host_residue(blocks[rank], job, TwoFourTile(job, first + rank), step);
-      blocks[rank].shared.poison(step);
+      blocks[rank].shared.poison(host_stage(step), TwoFour::kStageBytes);
     }
   }
   for (int64_t rank = 0; rank < job.cluster(); ++rank) {
-    const TwoFourTile tile(job, first + rank);
-    switch (epilogue) {
-      case Epilogue::gelu: host_finish<Epilogue::gelu>(blocks[rank], job, tile); break;
-      case Epilogue::gelu_tanh: host_finish<Epilogue::gelu_tanh>(blocks[rank], job, tile); break;
-      case Epilogue::relu: host_finish<Epilogue::relu>(blocks[rank], job, tile); break;
-      case Epilogue::tanh: host_finish<Epilogue::tanh>(blocks[rank], job, tile); break;
-      default: host_finish<Epilogue::none>(blocks[rank], job, tile); break;
-    }
+    host_finish(blocks[rank], job, TwoFourTile(job, first + rank), epilogue);
   }
 }
 

@@ -13,6 +13,7 @@
 #include "cpu/isa.h"
 #include "emulate.h"
 #include "emulate_bitmap.h"
+#include "emulate_block_cluster.h"
 #include "emulate_two_four.h"
 
 namespace py = pybind11;
@@ -224,6 +225,30 @@ void emulate_two_four_linear(
       job, memory<uint16_t>(x, "x", job.m * job.shape.k), sparsebert::epilogue_of(activation));
 }
 
+Sizes emulate_block_cluster_linear(
+    const py::buffer& x, const py::buffer& values, const py::buffer& columns, const py::buffer& row_starts,
+    const std::optional<py::buffer>& bias, const py::buffer& y, const Sizes& shape, const std::string& activation,
+    int64_t size) {
+  const bool fits = (size == 64 || size == 128) && shape.size() == 2 && shape[0] > 0 && shape[1] > 0;
+  if (!fits || shape[0] % size != 0 || shape[1] % size != 0) {
+    throw py::value_error("shape, size: expected [N, K], multiples of 64 or 128");
+  }
+  sparsebert::BlockClusterJob job{};
+  job.layer.shape = {shape[0], shape[1]};
+  job.layer.m = x.request().size / shape[1];
+  job.layer.bias = bias ? memory<uint16_t>(*bias, "bias", shape[0]) : nullptr;
+  job.layer.y = memory<uint16_t>(y, "y", job.layer.m * shape[0], true);
+  job.size = size;
+  job.blocks = columns.request().size;
+  job.columns = memory<int32_t>(columns, "columns", job.blocks);
+  job.row_starts = memory<int32_t>(row_starts, "row_starts", shape[0] / size + 1);
+  sparsebert::emulate_block_cluster_linear(
+      job, memory<uint16_t>(x, "x", job.layer.m * shape[1]),
+      memory<uint16_t>(values, "values", job.blocks * size * size), sparsebert::epilogue_of(activation));
+  job.choose_cluster();
+  return {job.layer.down, job.layer.across};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -261,6 +286,10 @@ PYBIND11_MODULE(_host, m) {
       "emulate_two_four_linear", &emulate_two_four_linear, py::arg("x"), py::arg("packed"), py::arg("bias"),
       py::arg("y"), py::arg("shape"), py::arg("activation"), py::arg("residue"), py::arg("cut"),
       "The CUDA semi_structured_packed_linear on buffers of bfloat16 words.");
+  m.def(
+      "emulate_block_cluster_linear", &emulate_block_cluster_linear, py::arg("x"), py::arg("values"),
+      py::arg("columns"), py::arg("row_starts"), py::arg("bias"), py::arg("y"), py::arg("shape"),
+      py::arg("activation"), py::arg("size"), "The CUDA block_cluster_linear on buffers; blocks of a cluster down and across.");
   m.def(
       "bitmap_plan",
       [](int64_t n, int64_t k, int64_t rows, int64_t processors) {

@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(sparsebert, m) {
   m.def(
       "block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias, int[] shape, "
       "str activation, Tensor[] transposed) -> Tensor");
+  m.def(
+      "block_cluster_linear(Tensor x, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias, int[] shape, "
+      "str activation) -> Tensor");
   m.def("block_sparse_sddmm(Tensor grad, Tensor x, Tensor columns, Tensor row_starts, int[] block) -> Tensor");
   m.def(
       "semi_structured_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias, int[] pattern, "

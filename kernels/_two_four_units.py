@@ -2,16 +2,12 @@
 
 What a weight has beside its 2:4 (`two_four_linear`) our kernel multiplies too.
 
-Which is fastest for a shape is measured when it is first called, and so is that the numbers are right: a unit whose
-result is not the dense product's is left out, with a warning. The weight is packed once for each value it has
-(`_packed`), cuSPARSELt's algorithm searched once for each shape.
+Which is fastest for a shape is measured when it is first called (_fastest.py). The weight is packed once for each value
+it has (`_packed`), cuSPARSELt's algorithm searched once for each shape.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,18 +19,17 @@ from torch.nn import functional as F
 
 from sparsebert.kernels import dense_linear as dense
 from sparsebert.kernels._block_rows import capability
+from sparsebert.kernels._fastest import Question, is_compiled
+from sparsebert.kernels._fastest import fastest as fastest_way
 from sparsebert.ops.semi_structured_residue import packed_residue
 
 __all__ = ["Call", "fastest", "there"]
 
-NAMES = {"packed": "our kernel", "cusparselt": "cuSPARSELt"}
-
 # By unit and the storage of the values: the storages it was made of, what tells whether it is still that weight, and
 # the weight packed.
 _weights: dict[tuple[Any, ...], tuple[list[StorageWeakRef], tuple[Any, ...], list[Tensor]]] = {}
-# By shape: the way that is fastest; cuSPARSELt's algorithm.
-_chosen: dict[tuple[Any, ...], str] = {}
-_algorithms: dict[tuple[Any, ...], int] = {}
+# By shape: cuSPARSELt's algorithm.
+_algorithms: dict[Question, int] = {}
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,13 @@ class Call:
     """What W has beside: values, and their places as `two_four_linear` stores them."""
 
     @property
-    def shape(self) -> tuple[Any, ...]:
+    def question(self) -> Question:
         """What a choice is remembered by: the numbers of rows and of weights beside count by their power of two."""
         bias, rows = self.bias is not None, len(self.x).bit_length()
-        beside = None if self.rest is None else len(self.rest[0]).bit_length()
-        return *self.values.shape, self.values.dtype, str(self.values.device), bias, self.activation, rows, beside
+        beside = () if self.rest is None else (len(self.rest[0]).bit_length(),)
+        shape = (*self.values.shape, self.values.dtype, bias, self.activation, rows, *beside)
+        op = "semi_structured_linear" if self.rest is None else "two_four_linear"
+        return Question(op, shape, self.values.device)
 
     @property
     def index(self) -> tuple[Tensor, ...]:
@@ -65,8 +62,8 @@ class Call:
 
     @property
     def capturing(self) -> bool:
-        """Whether a CUDA graph is being captured: then nothing is measured, searched or kept."""
-        return self.values.is_cuda and torch.cuda.is_current_stream_capturing()
+        """Whether a CUDA graph is being captured: then nothing is searched or kept."""
+        return self.question.capturing
 
 
 def there(device: torch.device) -> tuple[str, ...]:
@@ -74,99 +71,20 @@ def there(device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda":
         return ()
     sm = capability(device)
-    found = ["packed"] if sm == 90 and _is_compiled("semi_structured_packed_linear") else []
+    found = ["packed"] if sm == 90 and is_compiled("semi_structured_packed_linear") else []
     return (*found, *(["cusparselt"] if sm >= 80 and torch.backends.cusparselt.is_available() else []))
-
-
-def _is_compiled(op: str) -> bool:
-    """Whether there is a CUDA kernel for it; without the compiled library there is no such op at all."""
-    known = hasattr(torch.ops.sparsebert, op)
-    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsebert::{op}", "CUDA")
 
 
 def fastest(ways: Sequence[str], call: Call, expanded: Callable[[], Tensor]) -> Tensor:
     """The layer's `[M, N]`, by the fastest of `ways`: the units', and "expanded", which `expanded` computes."""
-    how = _chosen.get(call.shape)
-    if how is None:
-        if call.capturing:
-            # What has not been measured has not been seen to be right either.
-            how = "cusparselt" if "cusparselt" in ways else "expanded"
-        else:
-            return _measured(ways, call, expanded)
-    if how == "expanded" or (call.capturing and call.rest is not None and _held(how, call) is None):
+    if call.rest is not None and call.capturing and _held("packed", call) is None:
         # To pack a residue the GPU is asked what there is of it, which a graph cannot do.
         return expanded()
-    try:
-        return _BY[how](call)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if call.capturing:
-            raise
-        _leave_out(how, call, "failed", _line(error))
-        _chosen[call.shape] = "expanded"
-        return expanded()
-
-
-def _measured(ways: Sequence[str], call: Call, expanded: Callable[[], Tensor]) -> Tensor:
-    """The layer by the dense product; which of the ways is fastest is remembered."""
-    usual = expanded()
-    largest = usual.abs().max().float()
-    if not bool(largest.isfinite()):
-        # By such numbers no unit can be told to be right or wrong.
-        return usual
     calls: dict[str, Callable[[], Tensor]] = {"expanded": expanded}
     for way in ways:
-        if way == "expanded":
-            continue
-        try:
-            wrong = (_BY[way](call).float() - usual.float()).abs().max()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            _leave_out(way, call, "failed", _line(error))
-            continue
-        if bool(wrong <= 0.02 * largest + 1e-6):
+        if way != "expanded":
             calls[way] = lambda by=_BY[way]: by(call)
-        else:
-            much = f"by {float(wrong):.3g}, where the largest number is {float(largest):.3g}"
-            _leave_out(way, call, "is wrong", much)
-    times: dict[str, list[float]] = {way: [] for way in calls}
-    for _ in range(3 if len(calls) > 1 else 0):
-        for way, run in calls.items():
-            times[way].append(_seconds(run, call.values.device))
-    _chosen[call.shape] = min(times, key=lambda way: statistics.median(times[way] or [0.0]))
-    return usual
-
-
-def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    """What a call takes, of a few in a row."""
-    run()
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        run()
-        return time.perf_counter() - begun
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for _ in range(5):
-        run()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 5000
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)
-
-
-def _leave_out(way: str, call: Call, what: str, why: str) -> None:
-    op = "semi_structured_linear" if call.rest is None else "two_four_linear"
-    warnings.warn(
-        f"{op}: {NAMES[way]} {what} for {list(call.x.shape)} by {list(call.values.shape)} ({why}); another way runs in "
-        "its place",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    return fastest_way(call.question, calls, "cusparselt" if "cusparselt" in ways else None)
 
 
 def _by_packed(call: Call) -> Tensor:
@@ -182,9 +100,9 @@ def _by_cusparselt(call: Call) -> Tensor:
     # It takes rows of x by eights, those past the last computed for nothing, and 16 bytes at a time.
     padded = F.pad(x, (0, 0, 0, -m % 8)) if m % 8 else x.contiguous()
     padded = padded.clone() if padded.data_ptr() % 16 else padded
-    if call.shape not in _algorithms and not call.capturing:
-        _algorithms[call.shape] = _searched(weight, padded, call.bias)
-    y = _multiplied(weight, padded, call.bias, _algorithms.get(call.shape, 0))
+    if call.question not in _algorithms and not call.capturing:
+        _algorithms[call.question] = _searched(weight, padded, call.bias)
+    y = _multiplied(weight, padded, call.bias, _algorithms.get(call.question, 0))
     return dense.activate(y[:m], call.activation)
 
 

@@ -3,7 +3,8 @@
 Every block size runs on the one kernel: a block row is padded to the next 16, 32, 64 or 128 rows (taller ones are cut),
 small blocks are gathered until a product is 32 or 64 deep. So 48 x 16 computes a quarter for nothing and 8 x 2 a half,
 right all the same; made for are 64 x 64 and 128 x 128. On Hopper, blocks of 64 x 64 and at most 768 columns go by
-_block_panel.py where there are tokens enough.
+_block_panel.py where there are tokens enough; and with many tokens `block_cluster_linear` (CUDA C++) is measured beside
+that once for a shape, and taken where it is faster.
 
 Programs of one tile of tokens follow one another, longest block row first: its rows of x are then read from memory
 once, and what is left at the end of the launch is short.
@@ -30,9 +31,25 @@ from sparsebert.kernels._block_rows import (
     tiles,
 )
 from sparsebert.kernels._cost import Cost
+from sparsebert.kernels._fastest import Question, fastest, is_compiled
 from sparsebert.kernels._triton import Specimen, multiprocessors, triton_type
+from sparsebert.ops._backend import forced_backend
+from sparsebert.ops.block_cluster_linear import MOST_K, SIZES
 
-__all__ = ["block_sparse_linear", "by_panels", "cost", "product", "specimens", "staged", "uses_panel"]
+__all__ = [
+    "block_sparse_linear",
+    "by_panels",
+    "clusters_there",
+    "cost",
+    "may_cluster",
+    "product",
+    "specimens",
+    "staged",
+    "uses_panel",
+]
+
+LEAST_TOKENS = 1024
+"""Below so many there are too few tiles for clusters on every multiprocessor."""
 
 
 @triton.jit
@@ -63,7 +80,32 @@ def block_sparse_linear(
     transposed: Sequence[Tensor],
 ) -> Tensor:
     """See `sparsebert.ops.block_sparse_linear`."""
-    return product(x, values, None, columns, row_starts, bias, shape, (values.shape[1], values.shape[2]), activation)
+    n, k = shape
+    block, m = (values.shape[1], values.shape[2]), x.numel() // k
+
+    def by_triton() -> Tensor:
+        return product(x, values, None, columns, row_starts, bias, shape, block, activation)
+
+    if not may_cluster(block, k, m, x.dtype) or not clusters_there(x.device):
+        return by_triton()
+    # The numbers of rows and of blocks count by their power of two.
+    many = (n, k, block, len(values).bit_length(), x.dtype, bias is not None, activation, m.bit_length())
+    op = torch.ops.sparsebert.block_cluster_linear
+    ways = {"Triton": by_triton, "clusters": lambda: op(x, values, columns, row_starts, bias, [n, k], activation)}
+    return fastest(Question("block_sparse_linear", many, x.device), ways)
+
+
+def may_cluster(block: tuple[int, int], k: int, m: int, dtype: torch.dtype) -> bool:
+    """Whether `block_cluster_linear` takes such a call and there are tokens enough for its clusters."""
+    square = block[0] == block[1] and block[0] in SIZES
+    return square and k <= MOST_K and dtype != torch.float32 and m >= LEAST_TOKENS
+
+
+def clusters_there(device: torch.device) -> bool:
+    """Whether it runs here; where Triton was forced, it does not."""
+    if device.type != "cuda" or forced_backend() is not None:
+        return False
+    return capability(device) == 90 and is_compiled("block_cluster_linear")
 
 
 def product(

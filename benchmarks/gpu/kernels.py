@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import cells_ffn, cells_masked, cells_norm, cells_residue, cells_stored
+from benchmarks.gpu import cells_clusters, cells_ffn, cells_masked, cells_norm, cells_residue, cells_stored
 from benchmarks.gpu.bench import Bench, Cell
 from benchmarks.gpu.inputs import FFN, LAYER, SQUARE
 from benchmarks.gpu.rows import Target
@@ -69,6 +69,11 @@ def _blocks() -> list[Cell]:
                     {"block": block, "shape": shape, "rows": rows, "sparsity": sparsity},
                     {"block": 16, **TINY, "sparsity": 0.5}, (*BLOCKS, "block_sparse_sddmm"))  # fmt: skip
 
+    def clusters(block: int, shape: tuple[int, int], rows: int, sparsity: float, **more: Any) -> Cell:
+        return Cell("block_cluster_linear", cells_clusters.clusters,
+                    {"block": block, "shape": shape, "rows": rows, "sparsity": sparsity, **more},
+                    {"shape": (64, 128), "rows": 8, "sparsity": 0.5}, ("block_cluster_linear",))  # fmt: skip
+
     g5 = Target("G5", "faster", {"H100": 1.8, "H200": 2.3})
     even = Target("G8", "faster", 1.25)
     found = [
@@ -76,8 +81,13 @@ def _blocks() -> list[Cell]:
         layer(64, FFN[0], 4096, 0.75, Target("G6", "faster", 2.2), state="warm"),
         backward(64, FFN[0], 16384, 0.75),
         layer(64, FFN[1], 16384, 0.75, g5),
+        clusters(64, FFN[1], 16384, 0.75),
+        layer(64, FFN[1], 16384, 0.5, even),
         layer(64, FFN[0], 4096, 0.9, Target("G6", "faster", 2.6), state="warm"),
         layer(128, (4096, 4096), 8192, 0.75, Target("G7", "faster", 3.0)),
+        clusters(64, FFN[1], 16384, 0.5),
+        clusters(64, FFN[0], 16384, 0.75, activation="gelu"),
+        clusters(128, (4096, 4096), 8192, 0.75),
         layer(64, FFN[0], 4096, 0.5, even),
         layer(64, FFN[0], 4096, 0.35, Target("G8", "faster", 1.0)),
         layer(64, FFN[0], 2048, 0.75, Target("G6", "faster", 2.2), state="warm"),

@@ -138,6 +138,18 @@ def _packed(device: torch.device, dtype: torch.dtype) -> Tensor:
     return ops.semi_structured_packed_linear(x, packed, shape=(264, 136), activation="gelu")
 
 
+def _clusters(device: torch.device, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float32:
+        dtype = torch.bfloat16
+    kind, options = parse_format("blocks:64x64")
+    kept = (torch.rand(6, 3, device=device) < 0.5).repeat_interleave(64, 0).repeat_interleave(64, 1)
+    stored: Any = kind.from_dense(torch.randn(384, 192, device=device).to(dtype), kept, **options)
+    x = torch.randn(300, 192, device=device).to(dtype)
+    return ops.block_cluster_linear(
+        x, stored.values, stored.columns, stored.row_starts, shape=(384, 192), activation="gelu"
+    )
+
+
 def _dense(device: torch.device, dtype: torch.dtype) -> Tensor:
     parts = [_random(device, dtype, *shape) for shape in ((13, 40), (24, 40), (24,))]
     return _backward(ops.dense_linear(*parts))
@@ -162,6 +174,7 @@ CALLS: dict[str, Call] = {
     "masked_linear_backward": _masked,
     "split_weight_grad": _masked,
     "nm_mask": lambda device, dtype: ops.nm_mask(torch.randn(17, 24, device=device), 2, 4),
+    "block_cluster_linear": _clusters,
     "block_sparse_linear": _stored("blocks:16x16", (48, 64), 37),
     "block_sparse_sddmm": _stored("blocks:32x32", (96, 64), 70),
     "block_sparse_ffn": _fused,

@@ -188,6 +188,25 @@ __device__ inline void sparse_product(float (&sum)[64], uint64_t a, uint64_t b, 
   else SB_SPARSE_PRODUCT("bf16");
 }
 
+#define SB_SHARED_PRODUCT(type)                                                                                      \
+  asm volatile(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                   \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
+      "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "    \
+      "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, "   \
+      "%65, 1, 1, 1, 0, 0;"                                                                                          \
+      : SB_EIGHT(0), SB_EIGHT(8), SB_EIGHT(16), SB_EIGHT(24), SB_EIGHT(32), SB_EIGHT(40), SB_EIGHT(48), SB_EIGHT(56) \
+      : "l"(a), "l"(b)                                                                                               \
+      : "memory")
+
+// The same, a in shared memory.
+template <Float kType>
+__device__ inline void dense_product(float (&sum)[64], uint64_t a, uint64_t b) {
+  if constexpr (kType == Float::f16) SB_SHARED_PRODUCT("f16");
+  else SB_SHARED_PRODUCT("bf16");
+}
+
+#undef SB_SHARED_PRODUCT
 #undef SB_SPARSE_PRODUCT
 #undef SB_DENSE_PRODUCT
 #undef SB_EIGHT

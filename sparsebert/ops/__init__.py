@@ -9,6 +9,7 @@ from sparsebert.ops.bitmap_decode import bitmap_decode
 from sparsebert.ops.bitmap_gather import bitmap_gather
 from sparsebert.ops.bitmap_linear import bitmap_linear
 from sparsebert.ops.bits import pack_bits, unpack_bits
+from sparsebert.ops.block_cluster_linear import block_cluster_linear
 from sparsebert.ops.block_lists import BlockLists
 from sparsebert.ops.block_sparse_attention import block_sparse_attention
 from sparsebert.ops.block_sparse_ffn import block_sparse_ffn
@@ -42,6 +43,7 @@ __all__ = [
     "bitmap_decode",
     "bitmap_gather",
     "bitmap_linear",
+    "block_cluster_linear",
     "block_sparse_attention",
     "block_sparse_ffn",
     "block_sparse_linear",

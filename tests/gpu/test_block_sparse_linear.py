@@ -281,3 +281,50 @@ def test_tiles_fit_the_shape_and_the_architecture() -> None:
                 bytes_staged = (tile.rows + tile.tokens) * tile.depth * dtype.itemsize * tile.stages
                 assert bytes_staged <= (163 if arch == 80 else 227) * 1024
                 assert min(tile.rows, tile.depth, tile.tokens) >= 16
+
+
+def test_with_many_tokens_clusters_are_measured_beside_triton(
+    triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    from sparsebert.kernels import _fastest
+
+    kernel = importlib.import_module("sparsebert.kernels.block_sparse_linear")
+    chosen: dict[Any, str] = {}
+    monkeypatch.setattr(_fastest, "chosen", chosen)
+    case = make(triton_backend, 40, (3, 2), (64, 64), dtype=torch.bfloat16)
+    check(case, "gelu")
+    assert not chosen
+    # Nowhere but on a Hopper GPU, with Triton not forced and tokens enough.
+    assert not kernel.clusters_there(triton_backend)
+    assert kernel.may_cluster((64, 64), 768, 1024, torch.bfloat16)
+    for unfit in (((32, 32), 768, 1024), ((64, 128), 768, 1024), ((64, 64), 8256, 1024), ((64, 64), 768, 1023)):
+        assert not kernel.may_cluster(*unfit, torch.bfloat16)
+    assert not kernel.may_cluster((64, 64), 768, 1024, torch.float32)
+    ran: list[str] = []
+    pace: dict[str, float] = {}
+
+    def clusters(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+        ran.append("clusters")
+        return block_sparse_linear_reference(x, values, *rest, [])
+
+    def seconds(run: Any, device: torch.device) -> float:
+        ran.clear()
+        run()
+        return pace["clusters"] if ran else 1.0
+
+    monkeypatch.setattr(kernel, "clusters_there", lambda device: True)
+    monkeypatch.setattr(kernel, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(torch.ops.sparsebert, "block_cluster_linear", clusters, raising=False)
+    monkeypatch.setattr(_fastest, "seconds", seconds)
+    x, stored, bias, _ = case
+    for activation, quick, faster in (("gelu", 0.5, "clusters"), ("relu", 2.0, "Triton")):
+        pace["clusters"] = quick
+        first = call(x, stored, bias, activation)
+        ran.clear()
+        again = call(x, stored, bias, activation)
+        assert list(chosen.values())[-1] == faster and ran == ["clusters"] * (faster == "clusters")
+        for y in (first, again):
+            torch.testing.assert_close(y, exact(x, stored, bias, activation, torch.bfloat16), rtol=0.02, atol=0.05)
+    assert len(chosen) == 2
