@@ -127,8 +127,10 @@ def _ffn(m: int, sparsity: float, target: float) -> Case:
     layer = (blocks, 64, 64)
     shape = (width, rows, width)
     chunk = block_sparse_ffn.plan(m, shape, layer, layer, 2, 90, 50 << 20)
-    staged = block_sparse_linear.staged(m, rows, width, (64, 64), blocks)
-    staged += block_sparse_linear.staged(m, width, rows, (64, 64), blocks)
+    if chunk:
+        staged = block_sparse_ffn.staged_in_chunks(shape, layer, layer, m, chunk)
+    else:
+        staged = sum(block_sparse_ffn.staged(m, *size, (64, 64), blocks) for size in (UP, DOWN))
     return Case(
         "G9", f"fused feed-forward, 64x64 blocks, {sparsity:.0%}, {m:,} rows",
         block_sparse_ffn.cost(m, shape, layer, layer, chunk=chunk), _dense(m, UP) + _dense(m, DOWN), target, staged,
@@ -201,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "TFLOP/s in bf16), and the dense path over the same; attention of both kinds is given 470 TFLOP/s, the "
             "best that is told of it at 64 entries a head. No GPU has run any of it. What programs fetch from the "
             "second-level cache is counted for block-sparse and packed 2:4 layers alone, and no instructions are: what "
-            "it takes to decode a bitmap is not in it.",
+            "it takes to decode a bitmap is not in it, nor is that the blocks of a cluster wait for each other.",
             "",
             *table(cases()),
             "",

@@ -11,9 +11,9 @@ alone, 64 bytes a cycle and multiprocessor from the second-level cache, which gi
 for 96 (64 rows x 128 tokens). So on paper the cache's rate binds either way, not the ceiling of 1 / density and 11 that
 memory and products alone leave. What would lift it is blocks sent to several multiprocessors at once.
 
-`plan` compares on paper with two launches, whose tiles are wider or keep x in shared memory but whose intermediate goes
-to memory and back where it is larger than half the cache. For BERT-base and 16k tokens on an H100 the two launches win
-at density 0.25 (111 us, dense 193), chunks at 0.1 (66 us).
+`plan` compares on paper with two launches, whose tiles are wider, keep x in shared memory or go by clusters, but whose
+intermediate goes to memory and back where it is larger than half the cache. For BERT-base and 16k tokens on an H100 the
+two launches win at density 0.25 (86 us, dense 193), chunks at 0.1 (66 us).
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from torch import Tensor
 
 from sparsebert.kernels import block_sparse_linear as linear
 from sparsebert.kernels._block_rows import Tiles, capability, linear_tile, longest_first, sorted_rows, tiles
+from sparsebert.kernels._cluster_costs import traffic
 from sparsebert.kernels._cost import CEILINGS, Cost
 from sparsebert.kernels._triton import Specimen, triton_type
 
-__all__ = ["block_sparse_ffn", "chunked", "cost", "plan", "seconds", "specimens"]
+__all__ = ["block_sparse_ffn", "chunked", "cost", "plan", "seconds", "specimens", "staged", "staged_in_chunks"]
 
 # From the second-level cache to all multiprocessors of an H100, bytes a second.
 _CACHE_RATE = 5.5e12
@@ -198,18 +199,33 @@ def seconds(
     """
     n, inner, k = shape
     if chunk:
-        dtype = torch.float32 if item == 4 else torch.bfloat16
-        staged = 0
-        for size, (blocks, r, c) in ((inner, up), (n, down)):
-            tile = _tile((r, c), size // r, chunk, dtype, arch)
-            staged += -(-m // tile.tokens) * blocks * -(-r // tile.rows) * c * (tile.rows + tile.tokens) * item
-        return max(cost(m, shape, up, down, item, chunk).seconds(CEILINGS[device]), staged / _CACHE_RATE)
+        loaded = staged_in_chunks(shape, up, down, m, chunk, item, arch)
+        return max(cost(m, shape, up, down, item, chunk).seconds(CEILINGS[device]), loaded / _CACHE_RATE)
     total = 0.0
     for rows, width, (blocks, r, c) in ((inner, k, up), (n, inner, down)):
         one = linear.cost(m, rows, width, (r, c), blocks, item)
-        staged = linear.staged(m, rows, width, (r, c), blocks, item, arch)
-        total += max(one.seconds(CEILINGS[device]), staged / _CACHE_RATE)
+        total += max(one.seconds(CEILINGS[device]), staged(m, rows, width, (r, c), blocks, item, arch) / _CACHE_RATE)
     return total
+
+
+def staged_in_chunks(shape: _Size, up: _Size, down: _Size, m: int, chunk: int, item: int = 2, arch: int = 90) -> int:
+    """Bytes that the programs of all chunks load from the cache."""
+    n, inner, _ = shape
+    dtype = torch.float32 if item == 4 else torch.bfloat16
+    loaded = 0
+    for size, (blocks, r, c) in ((inner, up), (n, down)):
+        tile = _tile((r, c), size // r, chunk, dtype, arch)
+        loaded += -(-m // tile.tokens) * blocks * -(-r // tile.rows) * c * (tile.rows + tile.tokens) * item
+    return loaded
+
+
+def staged(m: int, n: int, k: int, block: tuple[int, int], blocks: int, item: int = 2, arch: int = 90) -> int:
+    """Bytes that one launch for a layer [n, k] loads from the cache: Triton's, or with clusters where that is less."""
+    found = linear.staged(m, n, k, block, blocks, item, arch)
+    dtype = torch.float32 if item == 4 else torch.bfloat16
+    if arch == 90 and linear.may_cluster(block, k, m, dtype):
+        return min(found, traffic(m, n, k, block[0], blocks))
+    return found
 
 
 def cost(m: int, shape: _Size, up: _Size, down: _Size, item: int = 2, chunk: int = 0) -> Cost:
