@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--entries", nargs="+", help="run only these rows (and what they stand on)")
     parser.add_argument("--tasks", nargs="+", help="run only these tasks")
     parser.add_argument("--sparsities", nargs="+", type=float, help="run only these (dense rows are run in any case)")
+    parser.add_argument("--variants", nargs="+", help="run only these variants of the data, of a table that has some")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps: to see that it runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are divided among them [1]")
     parser.add_argument("--data-dir", help="folder with the tasks' data; without it, the hub")
@@ -61,7 +62,7 @@ def _run(argv: Sequence[str]) -> int:
     if count > len(table.seeds):
         raise UserError(f"seeds: table {table.name} names {len(table.seeds)}, got {count}")
     cells = cells_of(table, table.seeds[:count])
-    for name, known in (("entries", table.entries), ("tasks", table.tasks)):
+    for name, known in (("entries", table.entries), ("tasks", table.tasks), ("variants", table.variants)):
         for word in getattr(given, name) or ():
             if word not in known:
                 raise UserError(f"{name}: table {table.name} has no {word!r} (known: {', '.join(known)})")
@@ -74,6 +75,7 @@ def _run(argv: Sequence[str]) -> int:
         for cell in cells
         if (not given.entries or cell.entry.name in given.entries)
         and (not given.tasks or cell.task in given.tasks)
+        and (not given.variants or cell.variant in given.variants)
         and (not given.sparsities or cell.sparsity in (None, *given.sparsities))
     ]
     needed = {cell.needs for cell in wanted} - set(wanted) - {None}
@@ -88,6 +90,7 @@ def _run(argv: Sequence[str]) -> int:
             ("entries", given.entries),
             ("tasks", given.tasks),
             ("sparsities", given.sparsities),
+            ("variants", given.variants),
         )
         if value
     )

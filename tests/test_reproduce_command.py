@@ -77,6 +77,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
         (["--entries", "nothing"], "'nothing'"),
         (["--tasks", "rte"], "'rte'"),
         (["--sparsities", "0.7"], "has no 0.7"),
+        (["--variants", "noisy"], "has no 'noisy'"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(
