@@ -83,19 +83,7 @@ def _run(argv: Sequence[str]) -> int:
     values = {"data_dir": given.data_dir, "text": given.text, "model": given.model}
     chosen = [cell for cell in cells if cell in needed or cell in wanted]
     results = run_cells(table, chosen, output, values, jobs=given.jobs, quick=given.quick)
-    command = f"python -m sparsebert.reproduce {table.name}" + "".join(
-        f" --{name} {shlex.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in (
-            ("seeds", given.seeds),
-            ("entries", given.entries),
-            ("tasks", given.tasks),
-            ("sparsities", given.sparsities),
-            ("variants", given.variants),
-        )
-        if value
-    )
-    command += " --data-dir DIR" if given.data_dir else ""
-    command += " --text " + " ".join(Path(path).name for path in given.text) if given.text else ""
+    command = _command(table.name, given)
     text = markdown(table, results, command + (" --quick" if given.quick else ""))
     write_text(output / f"{table.name}.md", text)
     if given.record:
@@ -105,6 +93,18 @@ def _run(argv: Sequence[str]) -> int:
         write_text(place / f"{table.name}.json", json.dumps(records(results), indent=1) + "\n")
     print(text, end="")
     return 0 if len(results) == len(chosen) else 1
+
+
+def _command(table: str, given: argparse.Namespace) -> str:
+    """The line that makes these numbers again, without the places of this machine."""
+    command = f"python -m sparsebert.reproduce {table}"
+    for name in ("seeds", "entries", "tasks", "sparsities", "variants"):
+        value = getattr(given, name)
+        if value:
+            command += f" --{name} {shlex.join(map(str, value)) if isinstance(value, list) else value}"
+    command += " --data-dir DIR" if given.data_dir else ""
+    command += " --text " + " ".join(Path(path).name for path in given.text) if given.text else ""
+    return command
 
 
 if __name__ == "__main__":

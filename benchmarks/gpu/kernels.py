@@ -72,7 +72,7 @@ def _blocks() -> list[Cell]:
     def clusters(block: int, shape: tuple[int, int], rows: int, sparsity: float, **more: Any) -> Cell:
         return Cell("block_cluster_linear", cells_clusters.clusters,
                     {"block": block, "shape": shape, "rows": rows, "sparsity": sparsity, **more},
-                    {"shape": (64, 128), "rows": 8, "sparsity": 0.5}, ("block_cluster_linear",))  # fmt: skip
+                    {"shape": (128, 128), "rows": 8, "sparsity": 0.5}, ("block_cluster_linear",))  # fmt: skip
 
     g5 = Target("G5", "faster", {"H100": 1.8, "H200": 2.3})
     even = Target("G8", "faster", 1.25)
